@@ -26,8 +26,8 @@ def sample_tokens(logits_B_V: Tensor, state: SamplerState, *, impl: Impl | str =
     request id and parameters alone.
 
     Effect on a running row. The token and its two log-probs go to column `lengths_B`, `lengths_B` grows by 1,
-    `next_ids_B` is the token. A row is finished by its first EOS (kept) or by its horizon-th token: `next_ids_B` is then
-    `pad_id`, and later calls neither read its logits nor change anything of it. `active` counts the running rows.
+    `next_ids_B` is the token. A row is finished by its first EOS (kept) or by its horizon-th token: its `next_ids_B` is
+    then `pad_id`, and later calls neither read its logits nor change anything of it. `active` counts the running rows.
 
     Edge cases. -inf logits have probability 0. A row holding NaN, +inf or nothing finite sets `invalid_B`, takes the
     largest entry that is not NaN (lowest id; 0 if all are NaN) and log-probs NaN; other rows are not affected.
