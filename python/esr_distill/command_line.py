@@ -1,0 +1,118 @@
+"""The `esr-distill` command. Options come from the dataclasses of config.py; a name that is not there is an error.
+
+esr-distill train --config run.yaml [--rollout.horizon 100 ...]
+esr-distill train --resume runs/esr
+esr-distill eval --model runs/esr/checkpoint-000200 --prompts problems.jsonl
+esr-distill demo [--task pointer]
+esr-distill demo-real
+"""
+
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from esr_distill.config import EvalConfig, TrainConfig
+from esr_distill.config_file import CONFIG_FILE
+from esr_distill.demo.settings import DemoConfig
+from esr_distill.input_error import InputError
+from esr_distill.real_demo.settings import RealDemoConfig
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def train_parser() -> ArgumentParser:
+    """A YAML file by --config, then flags by the same names, e.g. --rollout.horizon 100."""
+    parser = ArgumentParser(description="Distil a student from a teacher on the student's own rollouts.")
+    parser.add_argument("--config", action="config", help="YAML file of options; flags after it win.")
+    parser.add_argument(
+        "--resume", type=str, default=None, help="Folder of a run to go on with; takes no other option."
+    )
+    parser.add_class_arguments(TrainConfig, None)
+    return parser
+
+
+def settings_parser(settings: type, description: str) -> ArgumentParser:
+    """Flags for the fields of one flat dataclass."""
+    parser = ArgumentParser(description=description)
+    parser.add_class_arguments(settings, None)
+    return parser
+
+
+def read_config(options: Namespace, parser: ArgumentParser) -> TrainConfig:
+    """Parsed train options as a checked TrainConfig."""
+    groups = parser.instantiate(options)
+    return TrainConfig(**{name: groups[name] for name in TrainConfig.__dataclass_fields__})
+
+
+def load_saved_config(output_dir: Path) -> TrainConfig:
+    """The config of an earlier run, from the file it left."""
+    path = output_dir / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"--resume must name the folder of a run, got {str(output_dir)!r}, which has no {CONFIG_FILE}")
+    parser = train_parser()
+    return read_config(parser.parse_path(path), parser)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 2 for bad input, 130 for a run stopped by Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    trainer = train_parser()
+    commands = {
+        "eval": settings_parser(EvalConfig, "Greedy accuracy of a model on problems with answers."),
+        "demo": settings_parser(DemoConfig, "Distil a tiny student by ESR and by full rollouts, with a report."),
+        "demo-real": settings_parser(RealDemoConfig, "A short ESR distillation of SmolLM2-135M on GSM8K prompts."),
+    }
+    parser = ArgumentParser(prog="esr-distill", description="On-policy distillation with Early Stopping Rollout.")
+    subcommands = parser.add_subcommands()
+    subcommands.add_subcommand("train", trainer)
+    for name, subparser in commands.items():
+        subcommands.add_subcommand(name, subparser)
+    options = parser.parse_args(argv)
+    command, settings = options.subcommand, options[options.subcommand]
+    try:
+        if command == "train":
+            return run_train(settings, trainer, argv)
+        return run_command(command, commands[command].instantiate(settings).as_dict())
+    except InputError as error:
+        print(f"esr-distill {command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"esr-distill {command}: stopped; what the last checkpoint holds is kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_train(options: Namespace, parser: ArgumentParser, argv: list[str]) -> int:
+    from rich.console import Console
+
+    if options.resume is not None:
+        if argv not in (["train", "--resume", options.resume], ["train", f"--resume={options.resume}"]):
+            raise InputError(
+                f"--resume must be the only option, since the run's own config.yaml is used, got {argv[1:]}"
+            )
+        config = load_saved_config(Path(options.resume))
+    else:
+        config = read_config(options, parser)
+    from esr_distill.train import train
+
+    result = train(config, Console(), resume=options.resume is not None)
+    return 0 if result.finished else INTERRUPTED
+
+
+def run_command(command: str, fields: dict) -> int:
+    # Imported here, so that `esr-distill --help` and a mistyped option do not wait for torch and transformers.
+    if command == "eval":
+        from esr_distill.evaluate_command import evaluate_model
+
+        return evaluate_model(EvalConfig(**fields))
+    if command == "demo":
+        from esr_distill.demo.run import run_demo
+
+        return run_demo(DemoConfig(**fields))
+    from esr_distill.real_demo.run import run_real_demo
+
+    return run_real_demo(RealDemoConfig(**fields))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""`esr-distill eval`: accuracy of one model on a file of problems, printed and written as JSON."""
+
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from esr_distill.config import EvalConfig
+from esr_distill.evaluate import Evaluation
+from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer
+from esr_distill.prompts import read_prompt_file
+
+
+def evaluate_model(config: EvalConfig) -> int:
+    """Print the accuracy; write it to `config.output` if that is set. Returns the exit status."""
+    records = read_prompt_file(config.prompts, "prompts")
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.model, "model")
+    model = load_model(
+        config.model, "model", dtype=config.dtype, attn_implementation=config.attn_implementation, device=device
+    )
+    evaluation = Evaluation.prepare(
+        records,
+        tokenizer,
+        config.data,
+        config.evaluation,
+        stop=find_stop_ids(tokenizer, model),
+        model=model,
+        device=device,
+    )
+    result = evaluation.accuracy(model, Console())
+    Console().print(
+        f"{config.model}: accuracy {100 * result.accuracy:.1f} +- {100 * result.standard_error:.1f} % (n {result.count}), "
+        f"mean length {result.mean_length:.1f} tokens, finished {100 * result.finished:.0f} %"
+    )
+    if config.output is not None:
+        path = Path(config.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps({"model": config.model, "prompts": config.prompts, **vars(result)}, indent=2))
+        os.replace(temporary, path)
+    return 0

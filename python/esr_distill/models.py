@@ -1,0 +1,99 @@
+"""Load students, teachers and tokenizers by hub id or local folder, and the token ids at which a response ends."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from esr_distill.input_error import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StopIds:
+    """Ids that end a response (every EOS id of either model), and the id that fills the columns after it."""
+
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is a CUDA device, else the CPU.
+
+    Raises:
+        InputError: "cuda" was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("model.device must be cpu or auto where PyTorch sees no CUDA device, got 'cuda'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_model(
+    source: str, option: str, *, dtype: str, attn_implementation: str, device: torch.device
+) -> PreTrainedModel:
+    """A causal LM in eval mode. Nothing is unpickled and no code of the model's repository is run.
+
+    Raises:
+        InputError: neither a local model folder nor a hub id that can be reached, or weights that are not finite.
+    """
+    if attn_implementation == "flash_attention_2" and device.type == "cpu":
+        raise InputError("model.attn_implementation must be sdpa or eager on a CPU, got 'flash_attention_2'")
+    model = _load(
+        AutoModelForCausalLM,
+        source,
+        option,
+        dtype=DTYPES[dtype],
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+    )
+    check_finite_weights(model, option)
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model. Raises InputError where there is none."""
+    return _load(AutoTokenizer, source, option)
+
+
+def _load(auto_class, source: str, option: str, **kwargs):
+    looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        wanted = (
+            "a folder with a saved model and tokenizer"
+            if looks_local
+            else "a local folder or a hub id that can be reached"
+        )
+        raise InputError(f"{option} must be {wanted}, got {source!r} ({first_line})") from error
+
+
+def check_finite_weights(model: PreTrainedModel, option: str) -> None:
+    """Raise InputError naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{option} must have finite weights, got NaN or infinity in {name}")
+
+
+def find_stop_ids(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> StopIds:
+    """Every EOS id that the tokenizer or any model's generation config names.
+
+    A student that ends with one id and a teacher that ends with another must both be understood as stopping.
+
+    Raises:
+        InputError: there is no EOS id at all, or one that a model's vocabulary does not have.
+    """
+    named = [tokenizer.eos_token_id, *(model.generation_config.eos_token_id for model in models)]
+    eos_ids = sorted({i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
+    if not eos_ids:
+        raise InputError("the tokenizer or a model's generation config must name an end-of-sequence id, got none")
+    vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in models)
+    if eos_ids[-1] >= vocab_size:
+        raise InputError(f"end-of-sequence ids must be below the vocabulary size {vocab_size}, got {eos_ids}")
+    pad_id = tokenizer.pad_token_id
+    return StopIds(tuple(eos_ids), eos_ids[0] if pad_id is None else pad_id)

@@ -1,0 +1,90 @@
+"""Everything that can be known to be wrong before the first step, checked before the first step."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from esr_distill.config import DataConfig, TrainConfig
+from esr_distill.input_error import InputError
+from esr_distill.prompts import PromptSet
+
+
+def check_tokenizer_pair(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """The teacher scores the student's token ids, so both must mean the same by every id."""
+    student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
+    if student_vocab == teacher_vocab:
+        return
+    different = sorted(set(student_vocab.items()) ^ set(teacher_vocab.items()), key=lambda item: (item[1], item[0]))
+    token, token_id = different[0]
+    raise InputError(
+        "model.teacher must have the student's tokenizer, got one that differs in "
+        f"{len({i for _, i in different})} ids, first at id {token_id} ({token!r})"
+    )
+
+
+def check_vocab_sizes(student: PreTrainedModel, teacher: PreTrainedModel, config: TrainConfig) -> None:
+    """Equal head widths, or a `loss.vocab_size` that both heads reach and that keeps every id of the tokenizer."""
+    widths = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
+    vocab_size = config.loss.vocab_size
+    if vocab_size is None and widths[0] != widths[1]:
+        raise InputError(
+            f"model.teacher must have the student's vocabulary size {widths[0]}, got {widths[1]}; "
+            f"if the surplus is padding, set loss.vocab_size to {min(widths)} or less"
+        )
+    if vocab_size is not None and vocab_size > min(widths):
+        raise InputError(f"loss.vocab_size must be at most {min(widths)} for this pair, got {vocab_size}")
+
+
+def check_cut_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A cut vocabulary must still hold every token that a response can contain."""
+    largest = max(tokenizer.get_vocab().values())
+    if config.loss.vocab_size is not None and config.loss.vocab_size <= largest:
+        raise InputError(
+            f"loss.vocab_size must be above the tokenizer's largest id {largest}, got {config.loss.vocab_size}"
+        )
+
+
+def context_length(*models: PreTrainedModel) -> int | None:
+    """Positions that all models have been made for; None if no config says."""
+    lengths = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    known = [length for length in lengths if length]
+    return min(known) if known else None
+
+
+def fit_prompts(
+    prompts: PromptSet, *, limit: int, limit_source: str, long_prompts: str, option: str
+) -> tuple[PromptSet, int]:
+    """Prompts of at most `limit` tokens and the number dropped.
+
+    Raises:
+        InputError: a prompt is longer and `long_prompts` is "error", or none is left.
+    """
+    fits = [len(ids) <= limit for ids in prompts.token_ids]
+    dropped = len(fits) - sum(fits)
+    if dropped == 0:
+        return prompts, 0
+    if long_prompts == "error" or dropped == len(fits):
+        raise InputError(
+            f"{option} must hold prompts of at most {limit} tokens ({limit_source}), "
+            f"got {dropped} of {len(fits)} that are longer, the longest {prompts.longest} tokens"
+            + ("" if dropped == len(fits) else "; data.long_prompts: drop leaves them out")
+        )
+    kept = [i for i, fit in enumerate(fits) if fit]
+    ids, answers = [prompts.token_ids[i] for i in kept], [prompts.answers[i] for i in kept]
+    return PromptSet(ids, answers, prompts.pad_id, prompts.device), dropped
+
+
+def prompt_limit(
+    data: DataConfig, response_tokens: int, response_option: str, *models: PreTrainedModel
+) -> tuple[int, str]:
+    """Longest prompt that still leaves room for the response, and where that number comes from."""
+    context = context_length(*models)
+    limits = []
+    if data.max_prompt_tokens is not None:
+        limits.append((data.max_prompt_tokens, "data.max_prompt_tokens"))
+    if context is not None:
+        limits.append((context - response_tokens, f"context {context} minus {response_option} {response_tokens}"))
+    limit, source = min(limits, default=(10**9, "no limit is known"))
+    if limit < 1:
+        raise InputError(
+            f"{response_option} must leave room for a prompt in the models' context of {context}, got {response_tokens}"
+        )
+    return limit, source

@@ -1,0 +1,47 @@
+"""Live progress of a run: step, loss, and where the time goes."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Without a terminal there is no live bar; a line is printed this often instead.
+STEPS_BETWEEN_LINES = 20
+
+
+class TrainingProgress:
+    """A progress bar with the last step's loss and stage times; plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[summary]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("train", total=steps, completed=done, summary="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, record: dict) -> None:
+        """Show one step's metrics."""
+        summary = step_summary(record)
+        self.bar.update(self.task, completed=record["step"], summary=summary)
+        if not self.console.is_terminal and (record["step"] == 1 or record["step"] % STEPS_BETWEEN_LINES == 0):
+            self.console.print(f"step {record['step']}  {summary}")
+
+
+def step_summary(record: dict) -> str:
+    """One line: loss, mean length, seconds and the share of each stage."""
+    stages = record["stage_seconds"]
+    shares = " ".join(
+        f"{name.removesuffix('_forward')} {100 * t / record['seconds']:.0f}%" for name, t in stages.items()
+    )
+    return f"loss {record['loss']:.4f}  length {record['mean_length']:.1f}  {record['seconds']:.2f} s ({shares})"

@@ -1,0 +1,33 @@
+"""Options of the real-model demo. The defaults are what `make demo-real` runs."""
+
+from dataclasses import dataclass
+
+from esr_distill.input_error import InputError
+
+
+@dataclass(frozen=True)
+class RealDemoConfig:
+    """How long the teacher is fine-tuned and the student distilled.
+
+    Args:
+        output_dir: Folder of the models, the run and the result table.
+        teacher_steps: Fine-tuning steps that make the teacher; 0 is refused, an untouched teacher has nothing to teach.
+        steps: Distillation steps.
+        horizon: Response tokens of each rollout.
+        problems: Held-out problems of the evaluation.
+        seed: Seed of prompts and sampling.
+    """
+
+    output_dir: str = "runs/demo-real"
+    teacher_steps: int = 60
+    steps: int = 20
+    horizon: int = 48
+    problems: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_steps", "steps", "horizon", "problems"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"seed must be >= 0, got {self.seed}")

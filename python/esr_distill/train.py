@@ -1,0 +1,128 @@
+"""Distil a student: load, then prompts -> rollouts -> divergence -> step, with metrics, checkpoints and a clean stop.
+
+What the method is: the student writes its own responses, each stopped after `rollout.horizon` tokens (Early Stopping
+Rollout, arXiv 2605.27028); the frozen teacher scores every position; the student moves toward the teacher's distribution.
+What is left out, on purpose: no policy gradient and no ratio or clipping (the gradient of the divergence at the drawn
+positions is exact, and rollouts come from the current weights); no reward; no replay buffer.
+
+    esr-distill train --config run.yaml
+    esr-distill train --resume runs/esr
+"""
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from esr_distill.checkpoint import (
+    TrainerState,
+    find_checkpoints,
+    latest_checkpoint,
+    load_training_state,
+    save_checkpoint,
+)
+from esr_distill.config import TrainConfig
+from esr_distill.config_file import save_config
+from esr_distill.input_error import InputError
+from esr_distill.metrics import MetricsFile
+from esr_distill.progress import TrainingProgress
+from esr_distill.train_step import train_step
+from esr_distill.training_run import TrainingRun, prepare_run
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: `finished` is False where Ctrl-C stopped it; `checkpoint` is what it left."""
+
+    finished: bool
+    step: int
+    checkpoint: Path
+
+
+class StopSignal:
+    """First Ctrl-C (or SIGTERM): stop after the current step. Second: stop at once, losing that step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, *_: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+        self.console.print("stopping after this step; once more stops at once")
+
+
+def train(config: TrainConfig, console: Console, *, resume: bool = False) -> TrainResult:
+    """Run `config` to its last step, or from its newest checkpoint on if `resume`.
+
+    Raises:
+        InputError: bad input, found before any training; or a fresh run into a folder that holds a run.
+    """
+    output_dir = Path(config.run.output_dir)
+    checkpoint = latest_checkpoint(output_dir) if resume else None
+    if not resume and find_checkpoints(output_dir):
+        raise InputError(
+            f"run.output_dir must not hold another run's checkpoints, got {str(output_dir)!r}; "
+            f"go on with it by --resume {output_dir}, or choose another folder"
+        )
+    run = prepare_run(config, console, None if checkpoint is None else str(checkpoint))
+    metrics = MetricsFile(output_dir / "metrics.jsonl")
+    if checkpoint is None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, output_dir)
+        metrics.path.unlink(missing_ok=True)
+        state = TrainerState(step=0, train_seconds=0.0)
+        record_accuracy(run, state, metrics, console)
+    else:
+        state = load_training_state(run, checkpoint)
+        metrics.drop_after(state.step)
+        if state.step == config.run.steps:
+            console.print(f"all {state.step} steps were done already; the student is in {checkpoint}")
+            return TrainResult(True, state.step, checkpoint)
+        console.print(f"going on after step {state.step}")
+    return training_loop(run, state, metrics, console)
+
+
+def training_loop(run: TrainingRun, state: TrainerState, metrics: MetricsFile, console: Console) -> TrainResult:
+    """Steps, evaluations and checkpoints until the last step or a stop signal; the last one is always saved."""
+    settings, output_dir = run.config.run, Path(run.config.run.output_dir)
+    finished = stopped = False
+    with StopSignal(console) as stop, TrainingProgress(console, settings.steps, state.step) as progress:
+        while not (finished or stopped):
+            record = train_step(run, state.step)
+            state = TrainerState(state.step + 1, state.train_seconds + record["seconds"])
+            metrics.write({**record, "train_seconds": state.train_seconds})
+            progress.show(record)
+            finished = state.step == settings.steps
+            if finished or state.step % run.config.evaluation.every == 0:
+                record_accuracy(run, state, metrics, console)
+            stopped = stop.received
+            if finished or stopped or state.step % settings.save_every == 0:
+                checkpoint = save_checkpoint(run, state, output_dir)
+    if finished:
+        console.print(f"finished {state.step} steps; the student is in {checkpoint}")
+    else:
+        console.print(f"stopped after step {state.step}; go on with: esr-distill train --resume {output_dir}")
+    return TrainResult(finished, state.step, checkpoint)
+
+
+def record_accuracy(run: TrainingRun, state: TrainerState, metrics: MetricsFile, console: Console) -> None:
+    """Evaluate the student, where evaluation is configured. Evaluation time is no training time."""
+    if run.evaluation is None:
+        return
+    result = run.evaluation.accuracy(run.student)
+    metrics.write({"kind": "evaluation", "step": state.step, "train_seconds": state.train_seconds, **vars(result)})
+    console.print(
+        f"step {state.step}: accuracy {100 * result.accuracy:.1f} +- {100 * result.standard_error:.1f} % "
+        f"(n {result.count}), mean length {result.mean_length:.1f}, finished {100 * result.finished:.0f} %"
+    )
