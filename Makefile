@@ -47,7 +47,7 @@ CARRIED := pytest pluggy iniconfig pygments packaging jsonargparse docstring-par
   PyYAML rich markdown-it-py mdurl matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil
 
 wheels: $(INSTALLED)  ## collect under .wheels what `make gpu WHEELS=.wheels` may miss on a machine without network
-	$(PIP) download --quiet --dest .wheels --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	$(PIP) download -qq --dest .wheels --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  --abi cp312 --abi abi3 --abi none --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
 	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --constraint constraints.txt $(CARRIED)
 
@@ -63,7 +63,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
 	@echo "[1/3] virtual environment $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV) || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv" >&2; exit 1; }
-	@$(PIP) install --quiet --constraint constraints.txt setuptools
+	@$(PIP) install -qq --constraint constraints.txt setuptools
 	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "[2/3] torch $(TORCH), CPU build (no NVIDIA driver answers; about 200 MB)"; \
 	  $(PIP) install --no-deps "torch==$(TORCH)+cpu" 2>/dev/null || \
@@ -73,12 +73,12 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
 	  $(PIP) install --constraint constraints.txt "torch==$(TORCH)"; \
 	fi || { echo "error: torch $(TORCH) could not be installed; see pip's message above" >&2; exit 1; }
 	@echo "[3/3] esr_kernels and its other dependencies (about a minute)"
-	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]' || { \
+	@$(PIP) install -qq --constraint constraints.txt --no-build-isolation --editable '.[test]' || { \
 	  echo "error: the dependencies could not be installed; see pip's message above" >&2; exit 1; }
 	@$(PIP) check
 	@touch $@
 
 $(INSTALLED_GGUF): $(INSTALLED)
 	@echo "adding the reader of GGUF checkpoints"
-	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[gguf]'
+	@$(PIP) install -qq --constraint constraints.txt --no-build-isolation --editable '.[gguf]'
 	@touch $@
