@@ -1,0 +1,1 @@
+"""Inputs shared by tests and benchmarks. Imported by nothing in the library."""
