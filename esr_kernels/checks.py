@@ -42,7 +42,9 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """Check that all given tensors are on one device (None is skipped)."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(devices.values())) > 1:
-        raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(f'{n}: {d}' for n, d in devices.items())}")
+        raise ValueError(
+            f"{op}: all tensors must be on one device, got {', '.join(f'{n}: {d}' for n, d in devices.items())}"
+        )
 
 
 def check_positive(op: str, name: str, value: float) -> float:
@@ -58,11 +60,15 @@ def check_no_teacher_grad(op: str, **tensors: Tensor | None) -> None:
     """Check that no teacher tensor asks for a gradient: the teacher is frozen by contract."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{op}: {name} must not require grad (the teacher is frozen), got requires_grad=True; detach it")
+            raise ValueError(
+                f"{op}: {name} must not require grad (the teacher is frozen), got requires_grad=True; detach it"
+            )
 
 
 def check_token_set(op: str, name: str, ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
-    """Check a set of token ids given as Python ints: distinct, each in [0, vocab_size). Returns them sorted."""
+    """Check a set of token ids given as Python ints, each in [0, vocab_size). Returns them sorted, each once."""
+    if not isinstance(ids, Iterable):
+        raise TypeError(f"{op}: {name} must be an iterable of ints, got {type(ids).__name__}")
     ids = tuple(ids)
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int):

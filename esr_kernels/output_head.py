@@ -41,9 +41,13 @@ class OutputHead:
         return self.weight.shape[0]
 
     def logits(self, hidden_N_D: Tensor) -> Tensor:
-        """Reference projection (..., D) -> (..., V), in float32 (float64 for float64 hidden states), differentiable."""
+        """Reference projection (..., D) -> (..., V), in float32 (float64 for float64 hidden states), differentiable.
+
+        An enclosing autocast region does not apply: it would project, and so store the logits, in 16 bits.
+        """
         dtype = torch.promote_types(hidden_N_D.dtype, torch.float32)
-        logits = hidden_N_D.to(dtype) @ self.weight.to(dtype).T
+        with torch.autocast(hidden_N_D.device.type, enabled=False):
+            logits = hidden_N_D.to(dtype) @ self.weight.to(dtype).T
         if self.bias is not None:
             logits = logits + self.bias.to(dtype)
         logits = logits * self.logit_scale
