@@ -1,20 +1,48 @@
 """Ops for on-policy distillation with early stopped rollouts. Importing this builds nothing and touches no GPU."""
 
+from esr_kernels.divergence import (
+    AlphaDivergence,
+    Divergence,
+    ForwardKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from esr_kernels.divergence_output import DivergenceOutput
 from esr_kernels.impl import Impl
+from esr_kernels.linear_divergence import linear_divergence
+from esr_kernels.logit_storage import LogitStorage
 from esr_kernels.output_head import OutputHead
 from esr_kernels.prefix_logprobs import PrefixLogprobs, gather_logprobs, linear_prefix_logprobs, prefix_logprobs
 from esr_kernels.sample_tokens import SamplerState, sample_tokens
+from esr_kernels.token_divergence import token_divergence
+from esr_kernels.topk_divergence import topk_divergence
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaDivergence",
+    "Divergence",
+    "DivergenceOutput",
+    "ForwardKL",
+    "GeneralizedJSD",
     "Impl",
+    "LogitStorage",
     "OutputHead",
     "PrefixLogprobs",
+    "ReverseKL",
     "SamplerState",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TotalVariation",
     "__version__",
     "gather_logprobs",
+    "linear_divergence",
     "linear_prefix_logprobs",
     "prefix_logprobs",
     "sample_tokens",
+    "token_divergence",
+    "topk_divergence",
 ]
