@@ -81,7 +81,7 @@ class GeneralizedJSD(Divergence):
     beta: float
 
     def __post_init__(self) -> None:
-        _check_parameter("GeneralizedJSD", "beta", self.beta, "in [0, 1]", 0 <= _number(self.beta) <= 1)
+        _check_parameter("GeneralizedJSD", "beta", self.beta, "a number in [0, 1]", 0 <= _number(self.beta) <= 1)
 
     def terms(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         if self.beta == 0:
@@ -108,7 +108,7 @@ class SkewForwardKL(Divergence):
     lam: float
 
     def __post_init__(self) -> None:
-        _check_parameter("SkewForwardKL", "lam", self.lam, "in [0, 1)", 0 <= _number(self.lam) < 1)
+        _check_parameter("SkewForwardKL", "lam", self.lam, "a number in [0, 1)", 0 <= _number(self.lam) < 1)
 
     def terms(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         return _kl_terms(teacher_logprobs, _log_mixture(self.lam, teacher_logprobs, student_logprobs))
@@ -128,7 +128,7 @@ class SkewReverseKL(Divergence):
     lam: float
 
     def __post_init__(self) -> None:
-        _check_parameter("SkewReverseKL", "lam", self.lam, "in [0, 1)", 0 <= _number(self.lam) < 1)
+        _check_parameter("SkewReverseKL", "lam", self.lam, "a number in [0, 1)", 0 <= _number(self.lam) < 1)
 
     def terms(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         return _kl_terms(student_logprobs, _log_mixture(self.lam, student_logprobs, teacher_logprobs))
@@ -165,7 +165,7 @@ class AlphaDivergence(Divergence):
     alpha: float
 
     def __post_init__(self) -> None:
-        _check_parameter("AlphaDivergence", "alpha", self.alpha, "finite", math.isfinite(_number(self.alpha)))
+        _check_parameter("AlphaDivergence", "alpha", self.alpha, "a finite number", math.isfinite(_number(self.alpha)))
 
     def terms(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         if self.alpha >= 0.5:
@@ -239,4 +239,4 @@ def _number(value: object) -> float:
 
 def _check_parameter(divergence: str, name: str, value: object, domain: str, is_inside: bool) -> None:
     if not is_inside:
-        raise ValueError(f"{divergence}: {name} must be a number {domain}, got {value!r}")
+        raise ValueError(f"{divergence}: {name} must be {domain}, got {value!r}")
