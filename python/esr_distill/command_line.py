@@ -83,8 +83,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_train(options: Namespace, parser: ArgumentParser, argv: list[str]) -> int:
-    from rich.console import Console
-
     if options.resume is not None:
         if argv not in (["train", "--resume", options.resume], ["train", f"--resume={options.resume}"]):
             raise InputError(
@@ -93,9 +91,10 @@ def run_train(options: Namespace, parser: ArgumentParser, argv: list[str]) -> in
         config = load_saved_config(Path(options.resume))
     else:
         config = read_config(options, parser)
+    from esr_distill.progress import make_console
     from esr_distill.train import train
 
-    result = train(config, Console(), resume=options.resume is not None)
+    result = train(config, make_console(), resume=options.resume is not None)
     return 0 if result.finished else INTERRUPTED
 
 

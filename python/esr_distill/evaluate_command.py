@@ -4,16 +4,16 @@ import json
 import os
 from pathlib import Path
 
-from rich.console import Console
-
 from esr_distill.config import EvalConfig
 from esr_distill.evaluate import Evaluation
 from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer
+from esr_distill.progress import make_console
 from esr_distill.prompts import read_prompt_file
 
 
 def evaluate_model(config: EvalConfig) -> int:
     """Print the accuracy; write it to `config.output` if that is set. Returns the exit status."""
+    console = make_console()
     records = read_prompt_file(config.prompts, "prompts")
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model, "model")
@@ -29,8 +29,8 @@ def evaluate_model(config: EvalConfig) -> int:
         model=model,
         device=device,
     )
-    result = evaluation.accuracy(model, Console())
-    Console().print(
+    result = evaluation.accuracy(model, console)
+    console.print(
         f"{config.model}: accuracy {100 * result.accuracy:.1f} +- {100 * result.standard_error:.1f} % (n {result.count}), "
         f"mean length {result.mean_length:.1f} tokens, finished {100 * result.finished:.0f} %"
     )

@@ -2,9 +2,21 @@
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 
 # Without a terminal there is no live bar; a line is printed this often instead.
 STEPS_BETWEEN_LINES = 20
+LINE_WIDTH = 160
+
+
+def make_console() -> Console:
+    """Output of a command: the terminal's width, or long lines where the output goes to a file.
+
+    The progress bars of transformers are switched off; what they count is over in a moment and would break into ours.
+    """
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    return console if console.is_terminal else Console(width=LINE_WIDTH)
 
 
 class TrainingProgress:

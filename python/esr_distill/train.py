@@ -117,10 +117,11 @@ def training_loop(run: TrainingRun, state: TrainerState, metrics: MetricsFile, c
 
 
 def record_accuracy(run: TrainingRun, state: TrainerState, metrics: MetricsFile, console: Console) -> None:
-    """Evaluate the student, where evaluation is configured. Evaluation time is no training time."""
+    """Evaluate the student as rollouts are drawn, where evaluation is configured. Its time is no training time."""
     if run.evaluation is None:
         return
-    result = run.evaluation.accuracy(run.student)
+    with run.autocast():
+        result = run.evaluation.accuracy(run.student)
     metrics.write({"kind": "evaluation", "step": state.step, "train_seconds": state.train_seconds, **vars(result)})
     console.print(
         f"step {state.step}: accuracy {100 * result.accuracy:.1f} +- {100 * result.standard_error:.1f} % "

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from esr_distill.checkpoint import find_checkpoints
@@ -26,6 +25,7 @@ from esr_distill.evaluate import Evaluation, divergence_by_position
 from esr_distill.machine import machine_record
 from esr_distill.metrics import read_metrics
 from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer
+from esr_distill.progress import make_console
 from esr_distill.prompts import PromptRecord
 from esr_distill.sampler_settings import SamplerSettings
 from esr_distill.train import train
@@ -35,7 +35,7 @@ RESULTS = "results.json"
 
 def run_demo(demo: DemoConfig) -> int:
     """Run all arms and leave results.json, demo.png and report.html; returns the exit status."""
-    console = Console()
+    console = make_console()
     output_dir = Path(demo.output_dir or ("runs/demo" if demo.task == "rewrite" else f"runs/demo-{demo.task}"))
     start = time.perf_counter()
     problems = write_problems(demo, output_dir)
@@ -120,7 +120,8 @@ class Measurement:
         return cls(evaluation, problems, device)
 
     def load(self, folder: Path) -> PreTrainedModel:
-        return load_model(str(folder), "model", dtype="float32", attn_implementation="sdpa", device=self.device)
+        model = load_model(str(folder), "model", dtype="float32", attn_implementation="sdpa", device=self.device)
+        return model.requires_grad_(False)
 
     def of(self, model: PreTrainedModel, teacher: PreTrainedModel) -> dict:
         """Everything about one model, as JSON values."""
