@@ -79,8 +79,10 @@ def broken_arrow(name: str, module: str, imported: str | None, public: set[str])
 
 
 def loop_step(module: str) -> str | None:
-    """The step of the loop that a module is, or is part of."""
+    """The step of the loop that a module is, or is part of; the rollouts themselves (rollout_batch) are a type."""
     parts = module.replace("/", ".").split(".")
+    if parts[-1] == "rollout_batch":
+        return None
     return parts[1] if len(parts) > 1 and parts[0] == "esr_distill" and parts[1] in LOOP_STEPS else None
 
 
@@ -170,6 +172,7 @@ def test_allowed_imports_pass(tmp_path):
         "esr_kernels/testing/inputs.py": "from esr_kernels.testing.cases import f",
         "python/esr_distill/a.py": "import torch, transformers\nfrom esr_kernels import Impl",
         "python/esr_distill/prompts.py": "from esr_distill.rollout.rollout_batch import RolloutBatch",
+        "python/esr_distill/prefix_positions.py": "from esr_distill.rollout.rollout_batch import response_mask",
         "python/esr_distill/rollout/a.py": "from esr_distill.rollout.b import f",
         "python/esr_distill/train_step.py": "from esr_distill.prompts import f",
         "tests/test_a.py": "import esr_kernels.testing.cases, triton",
