@@ -1,0 +1,142 @@
+"""Is every option defined once, checked, read somewhere, and saved whole?  pytest tests/distill/test_config.py"""
+
+import ast
+import functools
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esr_distill import config as config_module
+from esr_distill.command_line import load_saved_config, read_config, train_parser
+from esr_distill.config import (
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+from esr_distill.config_file import save_config
+from esr_distill.demo.settings import DemoConfig
+from esr_distill.input_error import InputError
+from esr_distill.real_demo.settings import RealDemoConfig
+
+PACKAGE = Path(config_module.__file__).parent
+REQUIRED = ["--model.student", "s", "--model.teacher", "t", "--data.prompts", "p.jsonl"]
+
+
+def make_config(**groups) -> TrainConfig:
+    return TrainConfig(model=ModelConfig("s", "t"), data=DataConfig("p.jsonl"), **groups)
+
+
+@functools.cache
+def attributes_read(folder: Path) -> set[str]:
+    """Names read as attributes anywhere in the package, apart from the checks inside the config classes themselves."""
+    names = set()
+    for path in folder.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                node.body = [part for part in node.body if getattr(part, "name", "") != "__post_init__"]
+        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [value for value in vars(config_module).values() if is_dataclass(value)] + [DemoConfig, RealDemoConfig],
+    ids=lambda settings: settings.__name__,
+)
+def test_every_option_is_read(settings):
+    unread = [field.name for field in fields(settings) if field.name not in attributes_read(PACKAGE)]
+    assert not unread
+
+
+def test_an_option_that_nothing_reads_is_found(tmp_path):
+    (tmp_path / "a.py").write_text("class C:\n    def __post_init__(self):\n        self.unread\nx = c.read\n")
+    assert attributes_read(tmp_path) == {"read"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RolloutConfig(horizon=0), r"rollout\.horizon must be >= 1, got 0"),
+        (lambda: RolloutConfig(batch_size=0), r"rollout\.batch_size must be >= 1, got 0"),
+        (lambda: RolloutConfig(sampling_temperature=-1.0), r"sampling_temperature must be >= 0, got -1\.0"),
+        (lambda: RolloutConfig(top_p=1.5), r"top_p must be in \[0, 1\], got 1\.5"),
+        (lambda: ModelConfig(teacher="t"), r"model\.student must be a hub id or a local folder, got ''"),
+        (lambda: ModelConfig("s", "t", dtype="bfloat16", autocast=True), r"model\.autocast must be false unless"),
+        (lambda: DataConfig(), r"data\.prompts must be the path of a JSONL file"),
+        (lambda: DataConfig("p", chat_template=False, system_prompt="be brief"), r"data\.system_prompt must be unset"),
+        (lambda: LossConfig(loss_temperature=0.0), r"loss_temperature must be > 0, got 0\.0"),
+        (lambda: LossConfig(prefix_tokens=0), r"prefix_tokens must be >= 1 or unset, got 0"),
+        (lambda: OptimizerConfig(learning_rate=0.0), r"learning_rate must be > 0, got 0\.0"),
+        (lambda: EvaluationConfig(every=0), r"evaluation\.every must be >= 1, got 0"),
+        (lambda: RunConfig(steps=0), r"run\.steps must be >= 1, got 0"),
+        (
+            lambda: make_config(rollout=RolloutConfig(horizon=8), loss=LossConfig(prefix_tokens=9)),
+            r"loss\.prefix_tokens must be <= rollout\.horizon = 8, got 9",
+        ),
+    ],
+)
+def test_contradictions_and_ranges_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_trained_tokens_are_the_prefix_or_else_the_horizon():
+    assert make_config(rollout=RolloutConfig(horizon=30)).trained_tokens == 30
+    assert make_config(rollout=RolloutConfig(horizon=30), loss=LossConfig(prefix_tokens=7)).trained_tokens == 7
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    parser = train_parser()
+    return read_config(parser.parse_args(arguments), parser)
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"rollout": {"horizon": 18, "top_p": 0.5}, "optimizer": {"betas": [0.8, 0.9]}}))
+    config = parse(["--config", str(file), *REQUIRED, "--rollout.top_p", "0.25"])
+    assert (config.rollout.horizon, config.rollout.top_p, config.rollout.batch_size) == (18, 0.25, 16)
+    assert tuple(config.optimizer.betas) == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rollout.horizn", "3"], "rollout.horizn"),
+        (["--loss.normalizer", "mean"], "loss.normalizer"),
+        (["--rollout.horizon", "many"], "rollout.horizon"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_unknown_names_and_values_end_with_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse([*REQUIRED, *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_name_in_the_file_is_refused(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("rollout:\n  horizn: 3\n")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(file), *REQUIRED])
+    assert "horizn" in capsys.readouterr().err
+
+
+def test_a_saved_config_comes_back_equal(tmp_path):
+    config = make_config(
+        rollout=RolloutConfig(horizon=33, sampling_temperature=0.3),
+        loss=LossConfig(divergence="jsd", divergence_parameter=0.25, prefix_tokens=11, normalizer="sum"),
+        optimizer=OptimizerConfig(betas=(0.7, 0.8)),
+        evaluation=EvaluationConfig(prompts="e.jsonl", limit=5),
+        run=RunConfig(output_dir=str(tmp_path), steps=7),
+    )
+    save_config(config, tmp_path)
+    assert load_saved_config(tmp_path) == config

@@ -1,0 +1,212 @@
+"""Does a whole run learn, stay inside the horizon, stop cleanly and resume exactly?  pytest tests/distill/test_train.py"""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_models import save_pair, write_prompts
+
+import esr_distill.train as train_module
+from esr_distill.checkpoint import find_checkpoints
+from esr_distill.config import (
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+from esr_distill.demo.arms import MODELS
+from esr_distill.demo.chain_sum import make_problems
+from esr_distill.input_error import InputError
+from esr_distill.metrics import read_metrics
+from esr_distill.rollout import generate_rollouts
+from esr_distill.train import train
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(quiet=True)
+
+
+def tiny_config(folder: Path, name: str = "run", steps: int = 6, **groups) -> TrainConfig:
+    """A few steps on a random pair of 2 layers."""
+    if not (folder / "prompts.jsonl").exists():
+        save_pair(folder)
+        write_prompts(folder / "prompts.jsonl", count=20)
+    defaults = {
+        "rollout": RolloutConfig(horizon=5, batch_size=4, sampling_temperature=1.0, top_p=1.0),
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
+        "run": RunConfig(output_dir=str(folder / name), steps=steps, save_every=100, keep_checkpoints=9),
+    }
+    return TrainConfig(
+        model=ModelConfig(str(folder / "student"), str(folder / "teacher"), device="cpu"),
+        data=DataConfig(str(folder / "prompts.jsonl"), chat_template=False),
+        **(defaults | groups),
+    )
+
+
+def losses(config: TrainConfig) -> list[float]:
+    return [record["loss"] for record in read_metrics(Path(config.run.output_dir) / "metrics.jsonl", "step")]
+
+
+def interrupt_after(step: int, monkeypatch) -> None:
+    """Send this process SIGINT during step `step`, as Ctrl-C does."""
+    original = train_module.train_step
+
+    def interrupted_step(run, index):
+        if index + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, index)
+
+    monkeypatch.setattr(train_module, "train_step", interrupted_step)
+
+
+def test_the_embedded_pair_learns_and_respects_the_horizon(tmp_path, console, monkeypatch):
+    problems = make_problems("rewrite", 320, 0, 2, 7)
+    write_prompts(tmp_path / "prompts.jsonl", texts=[problem.prompt for problem in problems])
+    rollouts_seen = []
+
+    def recording(*arguments, **options):
+        rollouts_seen.append(generate_rollouts(*arguments, **options))
+        return rollouts_seen[-1]
+
+    monkeypatch.setattr("esr_distill.train_step.generate_rollouts", recording)
+    config = TrainConfig(
+        model=ModelConfig(str(MODELS / "rewrite" / "student"), str(MODELS / "rewrite" / "teacher"), device="cpu"),
+        data=DataConfig(str(tmp_path / "prompts.jsonl"), chat_template=False),
+        rollout=RolloutConfig(horizon=12, batch_size=32, sampling_temperature=1.0, top_p=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.0, schedule="constant", warmup_fraction=0.0),
+        loss=LossConfig(normalizer="token_mean"),
+        run=RunConfig(output_dir=str(tmp_path / "run"), steps=10),
+    )
+    train(config, console)
+
+    loss = losses(config)
+    assert sum(loss[-3:]) < 0.8 * sum(loss[:3])
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl", "step")
+    assert len(rollouts_seen) == len(records) == 10
+    for rollouts, record in zip(rollouts_seen, records, strict=True):
+        assert rollouts.response_ids_B_K.shape[1] <= 12
+        assert int(rollouts.response_lengths_B.max()) <= 12
+        assert record["trained_tokens"] == int(rollouts.response_lengths_B.sum())
+    assert any(record["stopped_by_eos"] < 1 for record in records)
+
+
+def test_a_run_interrupted_and_resumed_has_the_same_losses_and_weights(tmp_path, console, monkeypatch):
+    whole = tiny_config(tmp_path, "whole")
+    halted = tiny_config(tmp_path, "halted")
+    assert train(whole, console).finished
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        result = train(halted, console)
+    assert not result.finished and result.step == 3
+    assert len(losses(halted)) == 3
+
+    result = train(halted, console, resume=True)
+    assert result.finished and result.step == 6
+    assert losses(halted) == losses(whole)
+    weights = [load_file(find_checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("whole", "halted")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_resuming_forgets_what_was_logged_after_the_checkpoint(tmp_path, console, monkeypatch):
+    config = tiny_config(tmp_path, run=RunConfig(output_dir=str(tmp_path / "run"), steps=6, save_every=2))
+
+    def crash(run, step):
+        if step == 3:
+            raise RuntimeError("power failure")
+        return original(run, step)
+
+    original = train_module.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train_step", crash)
+        with pytest.raises(RuntimeError, match="power failure"):
+            train(config, console)
+    assert len(losses(config)) == 3  # step 3 was logged, the newest checkpoint is of step 2
+    train(config, console, resume=True)
+    assert len(losses(config)) == 6
+    train(tiny_config(tmp_path, "whole"), console)
+    assert losses(config) == losses(tiny_config(tmp_path, "whole"))
+
+
+def test_a_finished_run_resumed_changes_nothing(tmp_path, console):
+    config = tiny_config(tmp_path, steps=2)
+    first = train(config, console)
+    again = train(config, console, resume=True)
+    assert again == first and len(losses(config)) == 2
+
+
+def test_another_runs_folder_is_refused(tmp_path, console):
+    config = tiny_config(tmp_path, steps=1)
+    train(config, console)
+    with pytest.raises(InputError, match=r"run\.output_dir must not hold another run's checkpoints.*--resume"):
+        train(config, console)
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path, console):
+    with pytest.raises(InputError, match="--resume must name the folder of a run with a checkpoint"):
+        train(tiny_config(tmp_path), console, resume=True)
+
+
+def test_a_loss_masked_full_rollout_generates_all_and_trains_the_prefix(tmp_path, console):
+    config = tiny_config(
+        tmp_path,
+        steps=2,
+        rollout=RolloutConfig(horizon=20, batch_size=4, sampling_temperature=1.0, top_p=1.0),
+        loss=LossConfig(prefix_tokens=3),
+    )
+    train(config, console)
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl", "step"):
+        assert record["longest_rollout"] > 3
+        assert record["trained_tokens"] <= 4 * 3
+
+
+@pytest.mark.parametrize("normalizer", ["sequence_mean", "token_mean", "sum"])
+@pytest.mark.parametrize(
+    ("divergence", "parameter"),
+    [("forward_kl", None), ("jsd", 0.5), ("skew_reverse_kl", 0.1), ("total_variation", None), ("alpha_divergence", 0.5)],
+)
+def test_the_switches_are_independent(tmp_path, console, normalizer, divergence, parameter):
+    loss = LossConfig(divergence=divergence, divergence_parameter=parameter, normalizer=normalizer, loss_temperature=2.0)
+    config = tiny_config(tmp_path, steps=1, loss=loss)
+    train(config, console)
+    assert losses(config)[0] > 0
+
+
+def test_accuracy_is_recorded_before_during_and_after(tmp_path, console):
+    config = tiny_config(tmp_path, steps=5)
+    config = replace(
+        config,
+        evaluation=EvaluationConfig(
+            str(tmp_path / "prompts.jsonl"), every=2, scorer="last_number", max_tokens=6, limit=8
+        ),
+    )
+    train(config, console)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl", "evaluation")
+    assert [record["step"] for record in records] == [0, 2, 4, 5]
+    assert all(record["count"] == 8 for record in records)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, console, monkeypatch):
+    config = tiny_config(tmp_path, steps=3, run=RunConfig(output_dir=str(tmp_path / "run"), steps=3, save_every=1))
+    original = train_module.train_step
+
+    def poisoned(run, step):
+        if step == 1:
+            with torch.no_grad():
+                run.teacher.get_output_embeddings().weight[0, 0] = torch.nan
+        return original(run, step)
+
+    monkeypatch.setattr(train_module, "train_step", poisoned)
+    with pytest.raises(FloatingPointError, match="step 2: loss nan .* must be finite"):
+        train(config, console)
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-000001"]
