@@ -100,6 +100,11 @@ def test_top_p_ties_on_a_flat_row_keep_the_lower_ids(top_p, expected):
     assert drawn_ids([0.0] * 4, top_p=top_p) == expected
 
 
+@pytest.mark.parametrize("parameters", [{"top_k": 3}, {"top_p": 3 / 512}])
+def test_ties_in_a_wide_row_keep_the_lower_ids(parameters):
+    assert drawn_ids([0.0] * 512, **parameters) == {0, 1, 2}
+
+
 def test_top_k_beyond_the_finite_logits_draws_finite_ids_only():
     assert drawn_ids(log(0.0, 0.5, 0.0, 0.5), top_k=3) == {1, 3}
 
