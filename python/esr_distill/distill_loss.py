@@ -28,9 +28,12 @@ def make_divergence(loss: LossConfig):
     """The divergence value that `loss.divergence` and `loss.divergence_parameter` name.
 
     Raises:
-        InputError: a parameter is missing, superfluous or out of its range.
+        InputError: an unknown name; a parameter that is missing, superfluous or out of its range.
     """
     parameter = loss.divergence_parameter
+    names = sorted(PLAIN_DIVERGENCES | PARAMETER_DIVERGENCES)
+    if loss.divergence not in names:
+        raise InputError(f"loss.divergence must be one of {', '.join(names)}, got {loss.divergence!r}")
     if loss.divergence in PLAIN_DIVERGENCES:
         if parameter is not None:
             raise InputError(f"loss.divergence_parameter must be unset for {loss.divergence}, got {parameter}")
