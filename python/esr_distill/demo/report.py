@@ -13,13 +13,15 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
-COLORS = {
-    "full": "#1f77b4",
-    "esr": "#d62728",
-    "full-loss-masked": "#2ca02c",
-    "student": "#7f7f7f",
-    "teacher": "#000000",
+# The loss-masked arm is dashed and drawn last: its line lies on that of ESR, which trains on the same tokens.
+STYLES = {
+    "teacher": {"color": "black", "linestyle": ":"},
+    "student": {"color": "tab:gray", "linewidth": 1.2},
+    "full": {"color": "tab:blue", "linewidth": 1.6},
+    "esr": {"color": "tab:red", "linewidth": 2.2},
+    "full-loss-masked": {"color": "tab:green", "linewidth": 1.4, "linestyle": "--"},
 }
+ENOUGH_ROLLOUTS = 32
 HEADINGS = (
     "model",
     "accuracy (%)",
@@ -97,11 +99,11 @@ def draw_accuracy(axes: Axes, results: dict) -> None:
             [point["train_seconds"] for point in curve],
             [100 * point["accuracy"] for point in curve],
             yerr=[100 * point["standard_error"] for point in curve],
-            color=COLORS[name],
             label=arm["title"],
             marker="o",
             markersize=4,
             capsize=2,
+            **STYLES[name],
         )
         count = curve[0]["count"]
     axes.axhline(
@@ -118,20 +120,22 @@ def draw_accuracy(axes: Axes, results: dict) -> None:
 
 
 def draw_divergence(axes: Axes, results: dict) -> None:
+    # Linear: a few decisive positions hold nearly all of the divergence, and what matters is whether they fall or rise.
     lines = {"student": {"title": "student before", **results["models"]["student"]}, **results["arms"]}
     for name, model in lines.items():
-        values = [max(value, 1e-7) for value in model["reverse_kl_by_position"]]
-        enough = [value for value, count in zip(values, model["rollouts_by_position"], strict=True) if count >= 32]
-        axes.plot(range(len(enough)), enough, color=COLORS[name], label=model["title"], linewidth=1.4)
-    mark_horizon(axes, results["settings"]["horizon"], "horizon of ESR")
+        pairs = zip(model["reverse_kl_by_position"], model["rollouts_by_position"], strict=True)
+        values = [value for value, count in pairs if count >= ENOUGH_ROLLOUTS]
+        axes.plot(range(len(values)), values, label=model["title"], **STYLES[name])
+    horizon = results["settings"]["horizon"]
+    axes.axvline(horizon - 0.5, color="black", linestyle="--", linewidth=1, label=f"horizon of ESR: {horizon} tokens")
     axes.set(
         title="Divergence from the teacher by response position",
-        xlabel="response position (tokens; positions reached by at least 32 rollouts)",
+        xlabel=f"response position (tokens; positions that at least {ENOUGH_ROLLOUTS} rollouts reach)",
         ylabel="mean KL(student || teacher) on own rollouts (nats)",
-        yscale="log",
+        ylim=(0, None),
     )
     axes.legend(fontsize=9)
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
 
 
 def draw_right_steps(axes: Axes, results: dict) -> None:
@@ -143,7 +147,7 @@ def draw_right_steps(axes: Axes, results: dict) -> None:
     }
     for name, model in lines.items():
         shares = [100 * share for share in model["right_steps"]]
-        axes.plot(range(1, len(shares) + 1), shares, color=COLORS[name], label=model["title"], marker="o", markersize=4)
+        axes.plot(range(1, len(shares) + 1), shares, label=model["title"], marker="o", markersize=4, **STYLES[name])
     axes.set(
         title="Right steps by place in the reply",
         xlabel="step of the calculation",
@@ -152,10 +156,6 @@ def draw_right_steps(axes: Axes, results: dict) -> None:
     )
     axes.legend(loc="lower left", fontsize=9)
     axes.grid(alpha=0.3)
-
-
-def mark_horizon(axes: Axes, horizon: int, label: str) -> None:
-    axes.axvline(horizon - 0.5, color="black", linestyle="--", linewidth=1, label=f"{label}: {horizon} tokens")
 
 
 PAGE = """<!doctype html>
