@@ -106,9 +106,7 @@ def draw_accuracy(axes: Axes, results: dict) -> None:
             **STYLES[name],
         )
         count = curve[0]["count"]
-    axes.axhline(
-        100 * results["models"]["teacher"]["accuracy"], color=COLORS["teacher"], linestyle=":", label="teacher"
-    )
+    axes.axhline(100 * results["models"]["teacher"]["accuracy"], label="teacher", **STYLES["teacher"])
     axes.set(
         title="Accuracy against training time",
         xlabel="training time (s, without evaluation)",
