@@ -3,10 +3,12 @@
 import gzip
 import json
 import lzma
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -57,16 +59,20 @@ def read_prompt_file(path: str | Path, option: str) -> list[PromptRecord]:
     """Read a JSONL file. `option` is the name of the option that gave the path, for messages.
 
     Raises:
-        InputError: no such file, no lines, or a line that is not an object with a "prompt".
+        InputError: no such file, no UTF-8 text, no lines, or a line that is not an object with a "prompt".
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{option} must be a JSONL file, got {str(path)!r}, which does not exist")
+        found = "is no file" if path.exists() else "does not exist"
+        raise InputError(f"{option} must be a JSONL file, got {str(path)!r}, which {found}")
     records = []
-    with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                records.append(_parse_line(line, f"{option}: {path}, line {number}"))
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    records.append(_parse_line(line, f"{option}: {path}, line {number}"))
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{option} must be a readable JSONL file, got {str(path)!r} ({error})") from None
     if not records:
         raise InputError(f"{option} must hold at least one prompt, got {str(path)!r}, which is empty")
     return records
@@ -78,7 +84,8 @@ def _parse_line(line: str, where: str) -> PromptRecord:
     except json.JSONDecodeError as error:
         raise InputError(f"{where} must be JSON, got {line.strip()[:60]!r} ({error.msg})") from None
     prompt = fields.get("prompt") if isinstance(fields, dict) else None
-    if not isinstance(prompt, (str, list)) or not prompt:
+    is_messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
+    if not (isinstance(prompt, str) or is_messages) or not prompt:
         raise InputError(
             f'{where} must be an object with a non-empty "prompt" (text or messages), got {line.strip()[:60]!r}'
         )
@@ -93,32 +100,41 @@ def tokenize_prompts(
     *,
     pad_id: int,
     device: torch.device,
+    option: str = "data.prompts",
 ) -> PromptSet:
     """Tokenise every prompt, through the chat template where `data` or the record asks for it.
 
+    `option` is the name of the option that gave the prompts, for messages.
+
     Raises:
-        InputError: a chat template is wanted and the tokenizer has none, or a prompt gives no token.
+        InputError: a chat template is wanted and the tokenizer has none or it refuses the messages, or a prompt gives
+            no token.
     """
-    token_ids = [_prompt_ids(record, tokenizer, data) for record in records]
+    token_ids = [_prompt_ids(record, tokenizer, data, option) for record in records]
     for record, ids in zip(records, token_ids, strict=True):
         if not ids:
-            raise InputError(f"data.prompts: a prompt must give at least one token, got none for {record.prompt!r}")
+            raise InputError(f"{option}: a prompt must give at least one token, got none for {record.prompt!r}")
     return PromptSet(token_ids, [record.answer for record in records], pad_id, device)
 
 
-def _prompt_ids(record: PromptRecord, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[int]:
-    is_chat = data.chat_template or isinstance(record.prompt, list)
-    if not is_chat:
+def _prompt_ids(record: PromptRecord, tokenizer: PreTrainedTokenizerBase, data: DataConfig, option: str) -> list[int]:
+    is_messages = isinstance(record.prompt, list)
+    if not (data.chat_template or is_messages):
         return tokenizer(record.prompt)["input_ids"]
     if not tokenizer.chat_template:
+        name = type(tokenizer).__name__
+        if is_messages:
+            raise InputError(f"{option} must hold texts for a tokenizer without a chat template, got messages ({name})")
         raise InputError(
-            "data.chat_template must be false for a tokenizer without a chat template, got true "
-            f"({type(tokenizer).__name__} has none)"
+            f"data.chat_template must be false for a tokenizer without a chat template, got true ({name} has none)"
         )
-    messages = record.prompt if isinstance(record.prompt, list) else [{"role": "user", "content": record.prompt}]
+    messages = record.prompt if is_messages else [{"role": "user", "content": record.prompt}]
     if data.system_prompt is not None:
         messages = [{"role": "system", "content": data.system_prompt}, *messages]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"{option} must suit the tokenizer's chat template, got {messages!r} ({error})") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -134,8 +150,8 @@ def next_prompt_batch(prompts: PromptSet, batch_size: int, step: int, seed: int)
 
 
 def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    # manual_seed mixes its argument, so neighbouring sums give unrelated orders.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    # manual_seed mixes its argument, so neighbouring sums give unrelated orders; it takes 64 bits.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
     return torch.randperm(count, generator=generator).tolist()
 
 
