@@ -36,33 +36,30 @@ def topk_divergence_reference(
 
     is_id_N_K = (teacher_ids_N_K >= 0) & (teacher_ids_N_K < vocab_size)
     is_foreign_N = ((teacher_ids_N_K < -1) | (teacher_ids_N_K >= vocab_size)).any(dim=-1)
-    masked_N = is_fully_masked(logits_N_V) | ~is_id_N_K.any(dim=-1)
-    teacher_N_K = teacher_logprobs_N_K.to(logits_N_V.dtype).masked_fill(~is_id_N_K, -math.inf)
-    teacher_N_K = teacher_N_K.masked_fill(is_foreign_N[:, None], math.nan)
-
-    logprobs_N_V = torch.log_softmax(logits_N_V.masked_fill(masked_N[:, None], 0.0), dim=-1)
     # One more column, of probability 0, for the empty slots to point at.
-    padded = torch.cat([logprobs_N_V, torch.full_like(logprobs_N_V[:, :1], -math.inf)], dim=-1)  # (N, V + 1)
+    padded = torch.cat([logits_N_V, torch.full_like(logits_N_V[:, :1], -math.inf)], dim=-1)  # (N, V + 1)
     column_N_K = teacher_ids_N_K.long().masked_fill(~is_id_N_K, vocab_size)
-    student_N_K = padded.gather(-1, column_N_K)
 
+    # Events by their unnormalised log-probabilities.
+    student_events = padded.gather(-1, column_N_K)
+    teacher_events = teacher_logprobs_N_K.to(logits_N_V.dtype).masked_fill(~is_id_N_K, -math.inf)
+    is_best_N_K = teacher_events == teacher_events.amax(dim=-1, keepdim=True)
     if tail_bucket:
         student_tail_N = logsumexp(padded.scatter(-1, column_N_K, -math.inf))
+        teacher_tail_N = log1mexp(logsumexp(teacher_events).clamp(max=math.log1p(-SMALLEST_TAIL)))
         has_tail_N = is_id_N_K.sum(dim=-1) < vocab_size
-        teacher_tail_N = log1mexp(logsumexp(teacher_N_K).clamp(max=math.log1p(-SMALLEST_TAIL)))
         teacher_tail_N = teacher_tail_N.masked_fill(~has_tail_N, -math.inf)
-        student_events = torch.cat([student_N_K, student_tail_N[:, None]], dim=-1)  # (N, K + 1), sums to 1
-        teacher_events = torch.cat([teacher_N_K, teacher_tail_N[:, None]], dim=-1)
-    else:
-        masked_N = masked_N | is_fully_masked(student_N_K) | is_fully_masked(teacher_N_K)
-        student_events = torch.log_softmax(student_N_K.masked_fill(masked_N[:, None], 0.0), dim=-1)
-        teacher_events = teacher_N_K
-    # Served log-probs are rounded, so their total may be a little off (or above) 1.
+        student_events = torch.cat([student_events, student_tail_N[:, None]], dim=-1)  # (N, K + 1)
+        teacher_events = torch.cat([teacher_events, teacher_tail_N[:, None]], dim=-1)
+    teacher_events = teacher_events.masked_fill(is_foreign_N[:, None], math.nan)
+
+    masked_N = is_fully_masked(student_events) | is_fully_masked(teacher_events) | (teacher_ids_N_K == -1).all(dim=-1)
+    student_events = torch.log_softmax(student_events.masked_fill(masked_N[:, None], 0.0), dim=-1)
+    # The served log-probs are rounded: their total may be a little off 1, or above it.
     teacher_events = torch.log_softmax(teacher_events.masked_fill(masked_N[:, None], 0.0), dim=-1)
 
     divergence_N = divergence_of_events(divergence, student_events, teacher_events, masked_N)
     with torch.no_grad():
-        is_best_N_K = teacher_N_K == teacher_N_K.amax(dim=-1, keepdim=True)
         teacher_top1_N = column_N_K.masked_fill(~is_best_N_K, vocab_size).amin(dim=-1)
         return DivergenceOutput(
             divergence_N=divergence_N,
@@ -70,7 +67,7 @@ def topk_divergence_reference(
             teacher_entropy_N=entropy_of_events(teacher_events, masked_N),
             student_logprob_N=torch.full_like(divergence_N, math.nan),
             teacher_logprob_N=torch.full_like(divergence_N, math.nan),
-            top1_agreement_N=agreement(logprobs_N_V.argmax(dim=-1) == teacher_top1_N, divergence_N, masked_N),
+            top1_agreement_N=agreement(logits_N_V.argmax(dim=-1) == teacher_top1_N, divergence_N, masked_N),
         )
 
 
