@@ -24,7 +24,9 @@ def test_both_tasks_are_recorded():
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_row_of_the_readme_table_is_in_a_result_file(path, record_demo):
-    rows = [line for line in record_demo.markdown_table(json.loads(path.read_text())).splitlines() if line.startswith("|")]
+    rows = [
+        line for line in record_demo.markdown_table(json.loads(path.read_text())).splitlines() if line.startswith("|")
+    ]
     readme = (ROOT / "README.md").read_text()
     assert len(rows) >= 6
     assert all(row in readme for row in rows)
