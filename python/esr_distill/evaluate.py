@@ -19,7 +19,7 @@ from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.prompts import PromptRecord, PromptSet, pad_prompts, tokenize_prompts
 from esr_distill.rollout import RolloutBatch, generate_rollouts
 from esr_distill.sampler_settings import GREEDY, SamplerSettings
-from esr_distill.scorers import is_correct
+from esr_distill.scorers import expected_answer, is_correct
 from esr_kernels import Divergence, Impl, ReverseKL, linear_divergence
 
 
@@ -74,12 +74,19 @@ class Evaluation:
     ) -> "Evaluation":
         """Tokenise the problems; each must have an answer and fit into the model's context with its reply."""
         records = records[: settings.limit]
-        unanswered = [i for i, record in enumerate(records) if record.answer is None]
-        if unanswered:
-            raise InputError(
-                f'evaluation.prompts must have an "answer" in every line, got none in line {unanswered[0] + 1}'
-            )
-        problems = tokenize_prompts(records, tokenizer, data, pad_id=stop.pad_id, device=device)
+        for number, record in enumerate(records, 1):
+            if record.answer is None:
+                raise InputError(
+                    f'evaluation.prompts must have an "answer" to every prompt, got none to prompt {number}'
+                )
+            if expected_answer(record.answer, settings.scorer) is None:
+                raise InputError(
+                    f"evaluation.prompts must have answers in which {settings.scorer} finds a number, "
+                    f"got {record.answer[:60]!r} to prompt {number}"
+                )
+        problems = tokenize_prompts(
+            records, tokenizer, data, pad_id=stop.pad_id, device=device, option="evaluation.prompts"
+        )
         limit, source = preflight.prompt_limit(data, settings.max_tokens, "evaluation.max_tokens", model)
         preflight.fit_prompts(
             problems, limit=limit, limit_source=source, long_prompts="error", option="evaluation.prompts"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill.input_error import InputError
@@ -38,18 +39,25 @@ def load_model(
     """A causal LM in eval mode. Nothing is unpickled and no code of the model's repository is run.
 
     Raises:
-        InputError: neither a local model folder nor a hub id that can be reached, or weights that are not finite.
+        InputError: neither a local model folder nor a hub id that can be reached; weights that are damaged, not there
+            (transformers would draw them at random) or not finite.
     """
     if attn_implementation == "flash_attention_2" and device.type == "cpu":
         raise InputError("model.attn_implementation must be sdpa or eager on a CPU, got 'flash_attention_2'")
-    model = _load(
+    model, found = _load(
         AutoModelForCausalLM,
         source,
         option,
         dtype=DTYPES[dtype],
         attn_implementation=attn_implementation,
         use_safetensors=True,
+        output_loading_info=True,
     )
+    if found["missing_keys"]:
+        raise InputError(
+            f"{option} must have saved weights for all of {type(model).__name__}, got none for "
+            f"{sorted(found['missing_keys'])[0]} ({len(found['missing_keys'])} missing)"
+        )
     check_finite_weights(model, option)
     return model.to(device).eval()
 
@@ -62,9 +70,9 @@ def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
 def _load(auto_class, source: str, option: str, **kwargs):
     looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
     try:
-        return auto_class.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
+        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         wanted = (
             "a folder with a saved model and tokenizer"
             if looks_local
@@ -80,20 +88,28 @@ def check_finite_weights(model: PreTrainedModel, option: str) -> None:
             raise InputError(f"{option} must have finite weights, got NaN or infinity in {name}")
 
 
-def find_stop_ids(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> StopIds:
+def find_stop_ids(
+    tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel, vocab_size: int | None = None
+) -> StopIds:
     """Every EOS id that the tokenizer or any model's generation config names.
 
-    A student that ends with one id and a teacher that ends with another must both be understood as stopping.
+    A student that ends with one id and a teacher that ends with another must both be understood as stopping. The pad
+    id only fills columns that nothing attends to: the tokenizer's, or the first EOS id where the tokenizer has none or
+    one that a model cannot embed.
+
+    Args:
+        vocab_size: `loss.vocab_size`, where the vocabulary is cut.
 
     Raises:
-        InputError: there is no EOS id at all, or one that a model's vocabulary does not have.
+        InputError: there is no EOS id at all, or one that a model's vocabulary (or the cut one) does not have.
     """
     named = [tokenizer.eos_token_id, *(model.generation_config.eos_token_id for model in models)]
     eos_ids = sorted({i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
     if not eos_ids:
         raise InputError("the tokenizer or a model's generation config must name an end-of-sequence id, got none")
-    vocab_size = min(model.get_output_embeddings().weight.shape[0] for model in models)
-    if eos_ids[-1] >= vocab_size:
-        raise InputError(f"end-of-sequence ids must be below the vocabulary size {vocab_size}, got {eos_ids}")
+    widths = [model.get_output_embeddings().weight.shape[0] for model in models]
+    limit = min(widths) if vocab_size is None else min(*widths, vocab_size)
+    if eos_ids[-1] >= limit:
+        raise InputError(f"end-of-sequence ids must be below the vocabulary size {limit}, got {eos_ids}")
     pad_id = tokenizer.pad_token_id
-    return StopIds(tuple(eos_ids), eos_ids[0] if pad_id is None else pad_id)
+    return StopIds(tuple(eos_ids), eos_ids[0] if pad_id is None or pad_id >= min(widths) else pad_id)

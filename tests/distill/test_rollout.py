@@ -213,6 +213,21 @@ def test_filtered_sampling_logprobs_renormalise_the_kept_ids():
             assert rollouts.sampling_logprobs_B_K[row, t].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
+def test_a_cut_vocabulary():
+    """Ids from 12 on are never drawn, and log-probs are those of a softmax over the first 12."""
+    model = make_model(5)
+    drawn = responses(roll_out(model))
+    assert max(map(max, drawn)) >= 12
+    rollouts = roll_out(model, vocab_size=12)
+    for row, ids in enumerate(responses(rollouts)):
+        assert max(ids) < 12
+        with torch.no_grad():
+            logits_T_V = model(torch.tensor([RAGGED[row] + ids])).logits[0, :, :12].double()
+        for t, token in enumerate(ids):
+            expected = torch.log_softmax(logits_T_V[len(RAGGED[row]) - 1 + t], -1)[token]
+            assert rollouts.logprobs_B_K[row, t].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
 @pytest.mark.parametrize("was_training", [True, False])
 def test_dropout_is_off_meanwhile_and_the_mode_comes_back(was_training):
     model = make_model(2, attention_dropout=0.9).train(was_training)

@@ -29,11 +29,17 @@ def generate_rollouts(
     eos_ids: Sequence[int],
     pad_id: int,
     seed: int,
+    vocab_size: int | None = None,
 ) -> RolloutBatch:
     """Sample one response of at most `horizon` tokens for each prompt.
 
     A row's tokens depend on (seed, its request id, its prompt) and the weights, not on its place in the batch or its
-    neighbours. The first EOS is kept; nothing follows it. The model is put in eval mode meanwhile.
+    neighbours. The first EOS is kept; nothing follows it. The model is put in eval mode meanwhile. With `vocab_size`
+    only ids below it are drawn, and log-probs are of that cut distribution: a padded head has surplus ids that the
+    loss leaves out and that the teacher may not have.
+
+    Raises:
+        FloatingPointError: the model gave NaN or infinity.
     """
     state = SamplerState.create(
         len(prompts.request_ids_B),
@@ -51,7 +57,7 @@ def generate_rollouts(
     poll_every = 1 if prompts.prompt_ids_B_P.device.type == "cpu" else STEPS_BETWEEN_POLLS
     with eval_mode(model):
         for step, logits_B_V in enumerate(next_token_logits(model, prompts, state)):
-            sample_tokens(logits_B_V, state, impl=Impl.REFERENCE)
+            sample_tokens(logits_B_V[:, :vocab_size], state, impl=Impl.REFERENCE)
             last = step + 1 == horizon
             if last or ((step + 1) % poll_every == 0 and state.active.item() == 0):
                 break

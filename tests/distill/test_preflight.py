@@ -1,0 +1,177 @@
+"""Is what cannot work refused before the first step?  pytest tests/distill/test_preflight.py"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import make_model, make_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import Gemma2Config, GPT2Config, MambaConfig, PreTrainedTokenizerFast
+
+from esr_distill.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from esr_distill.input_error import InputError
+from esr_distill.preflight import (
+    check_cut_vocabulary,
+    check_tokenizer_pair,
+    check_vocab_sizes,
+    context_length,
+    fit_prompts,
+    prompt_limit,
+)
+from esr_distill.prompts import PromptSet
+
+CONFIG = TrainConfig(ModelConfig("student", "teacher"), DataConfig("prompts.jsonl"))
+DATA = CONFIG.data
+NO_CONTEXT = SimpleNamespace(config=MambaConfig())  # a recurrent model has no longest position
+
+
+def with_vocab_size(vocab_size: int | None) -> TrainConfig:
+    return replace(CONFIG, loss=LossConfig(vocab_size=vocab_size))
+
+
+def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(words)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token=words[0])))
+
+
+# Tokenizers
+
+
+def test_same_tokenizer_passes_with_other_special_tokens():
+    teacher = make_tokenizer()
+    teacher.eos_token = "."
+    teacher.chat_template = "{{ 1 }}"
+    check_tokenizer_pair(make_tokenizer(), teacher)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (("a", "b", "d"), r"differs in 1 ids, first at id 2 \('c'\)"),
+        (("b", "a", "c"), r"differs in 2 ids, first at id 0 \('a'\)"),
+        (("a", "b"), r"differs in 1 ids, first at id 2 \('c'\)"),
+        (("a", "b", "c", "d", "e"), r"differs in 2 ids, first at id 3 \('d'\)"),
+    ],
+)
+def test_other_tokenizers_are_refused(teacher, message):
+    with pytest.raises(InputError, match=r"model\.teacher must have the student's tokenizer, got one that " + message):
+        check_tokenizer_pair(word_tokenizer("a", "b", "c"), word_tokenizer(*teacher))
+
+
+def test_an_added_token_is_a_difference():
+    teacher = make_tokenizer()
+    teacher.add_tokens(["<think>"])
+    with pytest.raises(InputError, match=r"differs in 1 ids, first at id 19 \('<think>'\)"):
+        check_tokenizer_pair(make_tokenizer(), teacher)
+
+
+# Vocabularies
+
+
+def test_equal_widths_pass():
+    check_vocab_sizes(make_model(0), make_model(1), with_vocab_size(None))
+    check_vocab_sizes(make_model(0), make_model(1), with_vocab_size(19))
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(19, 32), (32, 19)])
+def test_unequal_widths(student, teacher):
+    pair = make_model(0, vocab_size=student), make_model(1, vocab_size=teacher)
+    with pytest.raises(
+        InputError,
+        match=f"model.teacher must have the student's vocabulary size {student}, got {teacher}; "
+        "if the surplus is padding, set loss.vocab_size to 19 or less",
+    ):
+        check_vocab_sizes(*pair, with_vocab_size(None))
+    check_vocab_sizes(*pair, with_vocab_size(19))
+    check_vocab_sizes(*pair, with_vocab_size(17))
+    with pytest.raises(InputError, match=r"loss\.vocab_size must be at most 19 for this pair, got 20"):
+        check_vocab_sizes(*pair, with_vocab_size(20))
+
+
+def test_a_cut_that_loses_tokens():
+    """The tokenizer's largest id is 18."""
+    check_cut_vocabulary(with_vocab_size(None), make_tokenizer())
+    check_cut_vocabulary(with_vocab_size(19), make_tokenizer())
+    with pytest.raises(InputError, match=r"loss\.vocab_size must be above the tokenizer's largest id 18, got 18"):
+        check_cut_vocabulary(with_vocab_size(18), make_tokenizer())
+
+
+# Lengths
+
+
+def test_context_length():
+    long, short = make_model(0), make_model(1, Gemma2Config, max_position_embeddings=40)
+    assert context_length(long) == 128
+    assert context_length(long, short) == 40
+    assert context_length(make_model(0, GPT2Config, max_position_embeddings=50)) == 50
+    assert context_length(NO_CONTEXT) is None
+    assert context_length(NO_CONTEXT, short) == 40
+
+
+def test_prompt_and_response_share_the_context():
+    """The whole rollout goes through both models, so prompt + horizon must be at most the shorter context."""
+    student, teacher = make_model(0), make_model(1, max_position_embeddings=40)
+    limit, source = prompt_limit(DATA, 30, "rollout.horizon", student, teacher)
+    assert (limit, source) == (10, "context 40 minus rollout.horizon 30")
+    ids = torch.arange(40)[None] % 19
+    assert teacher(ids).logits.shape[1] == limit + 30
+
+
+def test_max_prompt_tokens():
+    data = replace(DATA, max_prompt_tokens=25)
+    assert prompt_limit(data, 100, "rollout.horizon", make_model(0)) == (25, "data.max_prompt_tokens")
+    assert prompt_limit(data, 110, "rollout.horizon", make_model(0))[0] == 18
+
+
+def test_no_known_context():
+    assert prompt_limit(DATA, 100, "rollout.horizon", NO_CONTEXT)[0] >= 10**9
+    assert prompt_limit(replace(DATA, max_prompt_tokens=7), 100, "rollout.horizon", NO_CONTEXT)[0] == 7
+
+
+@pytest.mark.parametrize("horizon", [128, 129, 100000])
+def test_a_horizon_that_leaves_no_room(horizon):
+    with pytest.raises(
+        InputError, match=rf"rollout\.horizon must leave room for a prompt .* context of 128, got {horizon}"
+    ):
+        prompt_limit(DATA, horizon, "rollout.horizon", make_model(0))
+    assert prompt_limit(DATA, 127, "rollout.horizon", make_model(0))[0] == 1
+
+
+def make_set(*lengths: int) -> PromptSet:
+    return PromptSet(
+        [[length] * length for length in lengths], [str(length) for length in lengths], 3, torch.device("cpu")
+    )
+
+
+def fit(prompts: PromptSet, limit: int, long_prompts: str) -> tuple[PromptSet, int]:
+    return fit_prompts(
+        prompts, limit=limit, limit_source="context 8 minus 2", long_prompts=long_prompts, option="data.prompts"
+    )
+
+
+@pytest.mark.parametrize("long_prompts", ["error", "drop"])
+def test_prompts_that_fit_stay(long_prompts):
+    prompts = make_set(3, 6, 1)
+    assert fit(prompts, 6, long_prompts) == (prompts, 0)
+
+
+def test_a_long_prompt_is_an_error():
+    message = (
+        r"data\.prompts must hold prompts of at most 6 tokens \(context 8 minus 2\), got 2 of 4 that are longer, "
+        r"the longest 9 tokens; data\.long_prompts: drop leaves them out"
+    )
+    with pytest.raises(InputError, match=message):
+        fit(make_set(3, 7, 9, 6), 6, "error")
+
+
+def test_long_prompts_are_dropped_with_their_answers():
+    kept, dropped = fit(make_set(3, 7, 9, 6), 6, "drop")
+    assert dropped == 2
+    assert kept == make_set(3, 6)
+
+
+@pytest.mark.parametrize("long_prompts", ["error", "drop"])
+def test_nothing_left(long_prompts):
+    with pytest.raises(InputError, match=r"got 2 of 2 that are longer, the longest 9 tokens$"):
+        fit(make_set(7, 9), 6, long_prompts)
