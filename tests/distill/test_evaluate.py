@@ -1,0 +1,186 @@
+"""Are accuracy and divergence by position those computed by hand?  pytest tests/distill/test_evaluate.py"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import BOS, EOS, PAD, make_model, make_rollouts, make_tokenizer
+
+import esr_distill.evaluate as evaluate_module
+from esr_distill.config import DataConfig, EvaluationConfig
+from esr_distill.evaluate import Evaluation, Reply, decode_replies, divergence_by_position
+from esr_distill.input_error import InputError
+from esr_distill.models import StopIds
+from esr_distill.prompts import PromptRecord
+from esr_distill.rollout import GREEDY, SamplerSettings
+from esr_kernels import ForwardKL, ReverseKL
+
+SETTINGS = EvaluationConfig(prompts="problems.jsonl", scorer="number_after_hash", max_tokens=8, batch_size=2)
+DATA = DataConfig("prompts.jsonl", chat_template=False)
+
+
+def prepare(answers: dict[str, str | None], data: DataConfig = DATA, model=None, **changed) -> Evaluation:
+    return Evaluation.prepare(
+        [PromptRecord(prompt, answer) for prompt, answer in answers.items()],
+        make_tokenizer(),
+        data,
+        replace(SETTINGS, **changed),
+        stop=StopIds((EOS,), PAD),
+        model=model or make_model(),
+        device=torch.device("cpu"),
+    )
+
+
+def answer_with(monkeypatch, replies: dict[str, str]) -> list[dict]:
+    """A model that answers prompts from a table ("$" is EOS); returns the options of each batch."""
+    tokenizer, calls = make_tokenizer(), []
+
+    def scripted(model, prompts, **options):
+        rows = zip(prompts.prompt_ids_B_P.tolist(), prompts.prompt_mask_B_P.tolist(), strict=True)
+        rows = [[token for token, is_real in zip(ids, mask, strict=True) if is_real] for ids, mask in rows]
+        texts = [replies[text] for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        calls.append(options | {"texts": texts, "request_ids": prompts.request_ids_B.tolist()})
+        responses = [tokenizer(text.rstrip("$"))["input_ids"][1:] + [EOS] * text.endswith("$") for text in texts]
+        return make_rollouts(rows, responses)
+
+    monkeypatch.setattr(evaluate_module, "generate_rollouts", scripted)
+    return calls
+
+
+def test_accuracy_by_hand(monkeypatch):
+    """Right: 1+2, 3+3 and 20+1 (cut right after its answer). Wrong: a wrong sum, no '#'."""
+    calls = answer_with(monkeypatch, {"1+2=": "#3$", "3+3=": "6#06$", "9-1=": "#9$", "20+1=": "21.00#21", "5-5=": "0$"})
+    problems = prepare({"1+2=": "3", "3+3=": "6", "9-1=": "8", "20+1=": "7-7 #### 21", "5-5=": "0"})
+    result = problems.accuracy(make_model())
+    assert result.accuracy == pytest.approx(3 / 5)
+    assert result.standard_error == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
+    assert result.count == 5
+    assert result.mean_length == pytest.approx((3 + 5 + 3 + 8 + 2) / 5)  # EOS counts
+    assert result.finished == pytest.approx(4 / 5)
+
+    assert [call["texts"] for call in calls] == [["#3$", "6#06$"], ["#9$", "21.00#21"], ["0$"]]
+    assert [call["request_ids"] for call in calls] == [[0, 1], [2, 3], [4]]
+    for call in calls:
+        assert (call["horizon"], call["sampler"], call["eos_ids"], call["pad_id"]) == (8, GREEDY, (EOS,), PAD)
+
+
+@pytest.mark.parametrize(("reply", "accuracy"), [("#3$", 1.0), ("#4$", 0.0)])
+def test_a_certain_accuracy_has_no_standard_error(monkeypatch, reply, accuracy):
+    answer_with(monkeypatch, {"1+2=": reply, "2+1=": reply})
+    result = prepare({"1+2=": "3", "2+1=": "3"}).accuracy(make_model())
+    assert (result.accuracy, result.standard_error) == (accuracy, 0.0)
+
+
+def test_replies_keep_the_order_and_progress_changes_nothing(monkeypatch):
+    answer_with(monkeypatch, {"1=": "#1$", "2=": "2", "3=": "#3$"})
+    problems = prepare({"1=": "1", "2=": "2", "3=": "3"})
+    replies = [Reply("#1", 3, True), Reply("2", 1, False), Reply("#3", 3, True)]
+    assert problems.replies(make_model()) == replies
+    assert problems.replies(make_model(), Console(quiet=True)) == replies
+    assert problems.score(replies).accuracy == pytest.approx(2 / 3)
+
+
+def test_one_reply_to_each_problem():
+    with pytest.raises(ValueError, match="zip"):
+        prepare({"1=": "1", "2=": "2"}).score([Reply("#1", 3, True)])
+
+
+def test_limit_takes_the_first_problems():
+    problems = prepare({"1=": "1", "2=": "2", "3=": None}, limit=2)
+    assert problems.problems.answers == ["1", "2"]
+
+
+def test_decoded_replies():
+    rollouts = make_rollouts([[BOS, 5], [BOS]], [[4, 13, EOS], [5, 6, 7, 8]], pad_id=EOS)
+    assert decode_replies(rollouts, make_tokenizer()) == [Reply("1+", 3, True), Reply("2345", 4, False)]
+
+
+def test_a_real_model_gives_the_same_replies_at_every_batch_size():
+    answers = {"1+2=": "3", "30-4+5=": "31", "7=": "7", "99-90=": "9", "5=": "5"}
+    model = make_model(4)
+    replies = [prepare(answers, batch_size=size, max_tokens=12).replies(model) for size in (1, 2, 5)]
+    assert replies[0] == replies[1] == replies[2]
+    assert len({reply.text for reply in replies[0]}) > 1
+    assert all(reply.finished or reply.length == 12 for reply in replies[0])
+
+
+@pytest.mark.parametrize(
+    ("answers", "changed", "message"),
+    [
+        (
+            {"1=": "1", "2=": None},
+            {},
+            r'evaluation\.prompts must have an "answer" to every prompt, got none to prompt 2',
+        ),
+        (
+            {"1=": "1", "2=": "two"},
+            {},
+            r"must have answers in which number_after_hash finds a number, got 'two' to prompt 2",
+        ),
+        ({"1=": "none"}, {"scorer": "last_number"}, r"answers in which last_number finds a number, got 'none'"),
+        ({"1=": "see #"}, {}, r"answers in which number_after_hash finds a number, got 'see #'"),
+        ({"1=": "1", "1" * 130: "1"}, {}, r"evaluation\.prompts must hold prompts of at most 120 tokens .*got 1 of 2"),
+        ({"1=": "1"}, {"max_tokens": 128}, r"evaluation\.max_tokens must leave room for a prompt"),
+    ],
+)
+def test_problems_that_cannot_be_scored(answers, changed, message):
+    with pytest.raises(InputError, match=message):
+        prepare(answers, **changed)
+
+
+# Divergence by position
+
+PROMPTS = [[BOS, 5, 13, 7, 15], [BOS], [BOS, 8, 9]]
+RESPONSES = [[4, 6, EOS], [10, 11, 12, 8, 3], [EOS]]
+
+
+def expected_divergence(student, teacher, stop_ids: list[int], is_forward: bool) -> list[tuple[float, int]]:
+    """Sum and count by response position, from each model's own logits, one rollout at a time, in float64.
+
+    The stop ids become one event: their log-probs are added and put in their place.
+    """
+    table = [[0.0, 0] for _ in range(max(map(len, RESPONSES)))]
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        for t in range(len(response)):
+            events = []
+            for model in (student, teacher):
+                with torch.no_grad():
+                    logprobs = model(torch.tensor([prompt + response[:t]])).logits[0, -1].double().log_softmax(-1)
+                others = [logprobs[i] for i in range(19) if i not in stop_ids]
+                stop = [torch.logsumexp(logprobs[stop_ids], 0)] if stop_ids else []
+                events.append(torch.stack(others + stop))
+            p, q = events[::-1] if is_forward else events
+            table[t][0] += (p.exp() * (p - q)).sum().item()
+            table[t][1] += 1
+    return [tuple(entry) for entry in table]
+
+
+@pytest.mark.parametrize("stop_ids", [(), (EOS,), (EOS, 4, 9)])
+@pytest.mark.parametrize("divergence", [None, ReverseKL(), ForwardKL()])
+def test_divergence_by_position(stop_ids, divergence):
+    student, teacher = make_model(1), make_model(2, hidden_size=24).requires_grad_(False)
+    sum_K, count_K = divergence_by_position(
+        student, teacher, make_rollouts(PROMPTS, RESPONSES), stop_ids=stop_ids, divergence=divergence
+    )
+    expected = expected_divergence(student, teacher, list(stop_ids), isinstance(divergence, ForwardKL))
+    assert count_K.tolist() == [3, 2, 2, 1, 1]
+    assert sum_K.tolist() == pytest.approx([value for value, _ in expected], rel=1e-4)
+    assert count_K.tolist() == [count for _, count in expected]
+    assert (sum_K.dtype, count_K.dtype) == (torch.float64, torch.float64)
+
+
+def test_no_divergence_from_itself():
+    model = make_model(1).requires_grad_(False)
+    sum_K, _ = divergence_by_position(model, model, make_rollouts(PROMPTS, RESPONSES), stop_ids=(EOS,))
+    assert sum_K.abs().max() < 1e-5
+
+
+def test_sampled_batches_differ_by_seed():
+    problems = prepare({"1+2=": "3", "30-4+5=": "31"}, max_tokens=12)
+    model, sampler = make_model(4), SamplerSettings()
+    drawn = [
+        [rollouts.token_ids_B_T.tolist() for rollouts in problems.batches(model, sampler, seed)] for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
