@@ -1,6 +1,7 @@
 """Options of the real-model demo. The defaults are what `make demo-real` runs."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from esr_distill.input_error import InputError
 
@@ -10,20 +11,24 @@ class RealDemoConfig:
     """How long the teacher is fine-tuned and the student distilled.
 
     Args:
-        output_dir: Folder of the models, the run and the result table.
+        output_dir: Folder of the models, the run, the measurements and the result.
         teacher_steps: Fine-tuning steps that make the teacher; 0 is refused, an untouched teacher has nothing to teach.
         steps: Distillation steps.
         horizon: Response tokens of each rollout.
         problems: Held-out problems of the evaluation.
         seed: Seed of prompts and sampling.
+        autocast: Train under bfloat16 autocast; auto is on for CPUs with bfloat16 instructions and for CUDA.
+        device: Where the models live; auto takes CUDA when there is one.
     """
 
     output_dir: str = "runs/demo-real"
     teacher_steps: int = 60
     steps: int = 20
     horizon: int = 48
-    problems: int = 32
+    problems: int = 48
     seed: int = 0
+    autocast: Literal["auto", "on", "off"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("teacher_steps", "steps", "horizon", "problems"):

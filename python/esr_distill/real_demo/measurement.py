@@ -1,0 +1,99 @@
+"""What the demo measures of a model: greedy replies to held-out problems, and the distance to the teacher by position."""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from esr_distill.config import DataConfig, EvaluationConfig
+from esr_distill.evaluate import Evaluation, divergence_by_position
+from esr_distill.models import find_stop_ids, load_model, load_tokenizer
+from esr_distill.prompts import PromptRecord
+from esr_distill.real_demo.gsm8k import Problem
+from esr_distill.sampler_settings import SamplerSettings
+
+MAX_REPLY_TOKENS = 160
+REPLY_BATCH_SIZE, DIVERGENCE_BATCH_SIZE = 24, 16
+# An instructed model may state its answer in any form, so the last number counts; the form is a measure of its own.
+SCORER = "last_number"
+TEACHER_FORMAT = re.compile(r"####\s*\$?-?\d")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Held-out problems, ready for greedy replies (`replies`) and for sampled rollouts (`rollouts`). All in float32."""
+
+    replies: Evaluation
+    rollouts: Evaluation
+    horizon: int
+    device: torch.device
+
+    @classmethod
+    def prepare(
+        cls, model_folder: Path, problems: list[Problem], data: DataConfig, *, horizon: int, device: torch.device
+    ) -> "Measurement":
+        """Rollouts run twice as long as the horizon, so that half of their positions lie past it."""
+        model = load_float32(model_folder, device)
+        tokenizer = load_tokenizer(str(model_folder), "student")
+        replies = Evaluation.prepare(
+            [PromptRecord(problem.question, problem.answer) for problem in problems],
+            tokenizer,
+            data,
+            EvaluationConfig(scorer=SCORER, max_tokens=MAX_REPLY_TOKENS, batch_size=REPLY_BATCH_SIZE),
+            stop=find_stop_ids(tokenizer, model),
+            model=model,
+            device=device,
+        )
+        settings = replace(replies.settings, max_tokens=2 * horizon, batch_size=DIVERGENCE_BATCH_SIZE)
+        return cls(replies, replace(replies, settings=settings), horizon, device)
+
+    def of(self, folder: Path, teacher_folder: Path | None, console: Console) -> dict:
+        """Replies of the model at `folder` and, if a teacher is given, its divergence from it; as JSON values."""
+        model = load_float32(folder, self.device)
+        result = self.reply_record(model, console)
+        if teacher_folder is not None:
+            result |= self.divergence(model, load_float32(teacher_folder, self.device), console)
+        return result
+
+    def reply_record(self, model: PreTrainedModel, console: Console) -> dict:
+        """Accuracy, share of replies in the teacher's format, finished share, mean length, and the first replies."""
+        replies = self.replies.replies(model, console)
+        formatted = [TEACHER_FORMAT.search(reply.text) is not None for reply in replies]
+        return {
+            **asdict(self.replies.score(replies)),
+            "teacher_format": sum(formatted) / len(formatted),
+            "examples": [reply.text for reply in replies[:4]],
+        }
+
+    def divergence(self, model: PreTrainedModel, teacher: PreTrainedModel, console: Console) -> dict:
+        """Mean KL(model || teacher) on the model's own rollouts, sampled at temperature 1: by position, in and past
+        the horizon. A mean over positions weighs each drawn token alike; it is None where no rollout got that far."""
+        sums_K, counts_K = torch.zeros(2, self.rollouts.settings.max_tokens, dtype=torch.float64)
+        batches = -(-len(self.rollouts.problems.token_ids) // DIVERGENCE_BATCH_SIZE)
+        drawn = self.rollouts.batches(model, SamplerSettings(), seed=1)
+        for rollouts in track(drawn, "divergence", total=batches, console=console, transient=True):
+            sums, counts = divergence_by_position(model, teacher, rollouts, stop_ids=self.rollouts.stop.eos_ids)
+            sums_K[: len(sums)] += sums
+            counts_K[: len(counts)] += counts
+        reached = int((counts_K > 0).sum())
+        return {
+            "reverse_kl_inside_horizon": ratio(sums_K[: self.horizon], counts_K[: self.horizon]),
+            "reverse_kl_past_horizon": ratio(sums_K[self.horizon :], counts_K[self.horizon :]),
+            "reverse_kl_by_position": (sums_K[:reached] / counts_K[:reached]).tolist(),
+            "rollouts_by_position": counts_K[:reached].tolist(),
+        }
+
+
+def ratio(sums_K: torch.Tensor, counts_K: torch.Tensor) -> float | None:
+    """Sum over sum; None for nothing over nothing."""
+    return (sums_K.sum() / counts_K.sum()).item() if counts_K.sum() > 0 else None
+
+
+def load_float32(folder: Path, device: torch.device) -> PreTrainedModel:
+    """A model for measuring: float32, so that rounding adds nothing to small divergences; no gradients."""
+    model = load_model(str(folder), "model", dtype="float32", attn_implementation="sdpa", device=device)
+    return model.requires_grad_(False)
