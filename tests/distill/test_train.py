@@ -173,10 +173,18 @@ def test_a_loss_masked_full_rollout_generates_all_and_trains_the_prefix(tmp_path
 @pytest.mark.parametrize("normalizer", ["sequence_mean", "token_mean", "sum"])
 @pytest.mark.parametrize(
     ("divergence", "parameter"),
-    [("forward_kl", None), ("jsd", 0.5), ("skew_reverse_kl", 0.1), ("total_variation", None), ("alpha_divergence", 0.5)],
+    [
+        ("forward_kl", None),
+        ("jsd", 0.5),
+        ("skew_reverse_kl", 0.1),
+        ("total_variation", None),
+        ("alpha_divergence", 0.5),
+    ],
 )
 def test_the_switches_are_independent(tmp_path, console, normalizer, divergence, parameter):
-    loss = LossConfig(divergence=divergence, divergence_parameter=parameter, normalizer=normalizer, loss_temperature=2.0)
+    loss = LossConfig(
+        divergence=divergence, divergence_parameter=parameter, normalizer=normalizer, loss_temperature=2.0
+    )
     config = tiny_config(tmp_path, steps=1, loss=loss)
     train(config, console)
     assert losses(config)[0] > 0
