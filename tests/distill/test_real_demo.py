@@ -8,6 +8,8 @@ import importlib.util
 import io
 import json
 import math
+import os
+import signal
 import subprocess
 import zipfile
 
@@ -17,6 +19,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from esr_distill import train as training
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
 from esr_distill.prompts import read_prompt_file
@@ -33,7 +36,7 @@ from esr_distill.real_demo.gsm8k import (
     parse_problem,
     write_prompt_file,
 )
-from esr_distill.real_demo.measurement import TEACHER_FORMAT, ratio
+from esr_distill.real_demo.measurement import TEACHER_FORMAT, final_answer, ratio
 from esr_distill.real_demo.report import running_mean, table_rows, write_picture
 from esr_distill.real_demo.settings import RealDemoConfig
 
@@ -226,7 +229,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(context: int = 64) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -236,7 +239,7 @@ def tiny_llama() -> LlamaForCausalLM:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
-            max_position_embeddings=64,
+            max_position_embeddings=context,
             pad_token_id=0,
             bos_token_id=None,
             eos_token_id=1,
@@ -307,6 +310,14 @@ def test_teacher_format(reply, expected):
     assert (TEACHER_FORMAT.search(reply) is not None) is expected
 
 
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [("2+3=5\n#### 1,005", "1005"), ("#### 5\n#### 6", "5"), ("so 2+3 makes $5.", "5"), ("none", None)],
+)
+def test_final_answer(reply, answer):
+    assert final_answer(reply) == answer
+
+
 def test_means_by_hand():
     assert ratio(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])) == 1.0
     assert ratio(torch.zeros(2), torch.zeros(2)) is None
@@ -340,3 +351,54 @@ def test_ctrl_c_ends_with_130(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "fetch_smollm2", interrupted)
     assert demo.run_real_demo(RealDemoConfig(output_dir=str(tmp_path))) == 130
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch, tmp_path):
+    """A function that runs the whole demo on a tiny random model in place of the fetched one."""
+
+    def fetch(models_dir, console):
+        folder = models_dir / fetching.MODEL_NAME
+        if not folder.exists():
+            tiny_llama(context=512).save_pretrained(folder)
+            chat_tokenizer().save_pretrained(folder)
+            (folder / fetching.ORIGIN).write_text('{"seconds": 0.5}')
+        return folder
+
+    monkeypatch.setattr(demo, "fetch_smollm2", fetch)
+    settings = {"teacher_steps": 1, "steps": 2, "horizon": 3, "problems": 3, "autocast": "off", "device": "cpu"}
+    return lambda: demo.run_real_demo(RealDemoConfig(output_dir=str(tmp_path), **settings))
+
+
+def test_stopped_demo_goes_on_and_a_finished_one_repeats_nothing(tiny_demo, monkeypatch, tmp_path):
+    real_step = training.train_step
+    steps, threads = [], torch.get_num_threads()
+
+    def step_with_ctrl_c(run, step):
+        steps.append(step)
+        if len(steps) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_step(run, step)
+
+    monkeypatch.setattr(training, "train_step", step_with_ctrl_c)
+    assert tiny_demo() == 130
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr(fine_tuning, "fine_tune", lambda *_, **__: pytest.fail("the teacher was made again"))
+    assert tiny_demo() == 0
+    assert steps == [0, 1]
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [len(results["distillation"]["loss"]), len(results["teacher"]["loss"])] == [2, 1]
+    assert results["distillation"]["trained_tokens"] <= 2 * demo.ROLLOUT_BATCH_SIZE * 3
+    assert results["machine"]["torch_threads"] == threads
+    after = results["models"]["student after"]
+    assert after["count"] == 3 and len(after["reverse_kl_by_position"]) <= 6
+    assert after["reverse_kl_inside_horizon"] > 0
+    assert results["stage_seconds"]["fetch and convert"] == 0.5
+    assert (tmp_path / "demo-real.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(demo.Measurement, "of", lambda *_: pytest.fail("a model was measured again"))
+    assert tiny_demo() == 0
+    assert steps == [0, 1]
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["models"] == results["models"] and again["distillation"] == results["distillation"]

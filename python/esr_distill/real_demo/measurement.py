@@ -1,7 +1,8 @@
 """What the demo measures of a model: greedy replies to held-out problems, and the distance to the teacher by position."""
 
+import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +16,10 @@ from esr_distill.models import find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptRecord
 from esr_distill.real_demo.gsm8k import Problem
 from esr_distill.sampler_settings import SamplerSettings
+from esr_distill.scorers import last_number, normalize_number, number_after_hash
 
 MAX_REPLY_TOKENS = 160
 REPLY_BATCH_SIZE, DIVERGENCE_BATCH_SIZE = 24, 16
-# An instructed model may state its answer in any form, so the last number counts; the form is a measure of its own.
-SCORER = "last_number"
 TEACHER_FORMAT = re.compile(r"####\s*\$?-?\d")
 
 
@@ -43,7 +43,7 @@ class Measurement:
             [PromptRecord(problem.question, problem.answer) for problem in problems],
             tokenizer,
             data,
-            EvaluationConfig(scorer=SCORER, max_tokens=MAX_REPLY_TOKENS, batch_size=REPLY_BATCH_SIZE),
+            EvaluationConfig(max_tokens=MAX_REPLY_TOKENS, batch_size=REPLY_BATCH_SIZE),
             stop=find_stop_ids(tokenizer, model),
             model=model,
             device=device,
@@ -61,11 +61,19 @@ class Measurement:
 
     def reply_record(self, model: PreTrainedModel, console: Console) -> dict:
         """Accuracy, share of replies in the teacher's format, finished share, mean length, and the first replies."""
-        replies = self.replies.replies(model, console)
-        formatted = [TEACHER_FORMAT.search(reply.text) is not None for reply in replies]
+        replies = self.replies.replies(model, console if console.is_terminal else None)
+        answers, count = self.replies.problems.answers, len(replies)
+        correct = [
+            final_answer(reply.text) == normalize_number(answer) for reply, answer in zip(replies, answers, strict=True)
+        ]
+        accuracy = sum(correct) / count
         return {
-            **asdict(self.replies.score(replies)),
-            "teacher_format": sum(formatted) / len(formatted),
+            "accuracy": accuracy,
+            "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
+            "count": count,
+            "teacher_format": sum(TEACHER_FORMAT.search(reply.text) is not None for reply in replies) / count,
+            "finished": sum(reply.finished for reply in replies) / count,
+            "mean_length": sum(reply.length for reply in replies) / count,
             "examples": [reply.text for reply in replies[:4]],
         }
 
@@ -75,7 +83,9 @@ class Measurement:
         sums_K, counts_K = torch.zeros(2, self.rollouts.settings.max_tokens, dtype=torch.float64)
         batches = -(-len(self.rollouts.problems.token_ids) // DIVERGENCE_BATCH_SIZE)
         drawn = self.rollouts.batches(model, SamplerSettings(), seed=1)
-        for rollouts in track(drawn, "divergence", total=batches, console=console, transient=True):
+        if console.is_terminal:
+            drawn = track(drawn, "divergence", total=batches, console=console, transient=True)
+        for rollouts in drawn:
             sums, counts = divergence_by_position(model, teacher, rollouts, stop_ids=self.rollouts.stop.eos_ids)
             sums_K[: len(sums)] += sums
             counts_K[: len(counts)] += counts
@@ -86,6 +96,12 @@ class Measurement:
             "reverse_kl_by_position": (sums_K[:reached] / counts_K[:reached]).tolist(),
             "rollouts_by_position": counts_K[:reached].tolist(),
         }
+
+
+def final_answer(reply: str) -> str | None:
+    """The first number after "#", else the last number: an untouched model states its answer in any form, and one that
+    does not stop goes on writing numbers after it."""
+    return number_after_hash(reply) or last_number(reply)
 
 
 def ratio(sums_K: torch.Tensor, counts_K: torch.Tensor) -> float | None:

@@ -14,7 +14,7 @@ from rich.table import Table
 HEADINGS = (
     "model",
     "accuracy (%)",
-    "ends in #### n (%)",
+    "has #### n (%)",
     "finished (%)",
     "reply (tokens)",
     "KL in horizon (nats)",
@@ -43,6 +43,15 @@ def _nats(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def summary(name: str, model: dict) -> str:
+    """One line about one model."""
+    return (
+        f"{name}: accuracy {100 * model['accuracy']:.1f} ± {100 * model['standard_error']:.1f} % (n {model['count']}), "
+        f"#### in {100 * model['teacher_format']:.0f} %, finished {100 * model['finished']:.0f} %, "
+        f"{model['mean_length']:.0f} tokens; {model['seconds']:.0f} s"
+    )
+
+
 def print_table(results: dict, console: Console) -> None:
     """Accuracy, form and distance of the three models, what they mean, and the time of each stage."""
     settings, model = results["settings"], results["models"]["student after"]
@@ -57,9 +66,9 @@ def print_table(results: dict, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        "Accuracy: last number of the greedy reply, ± one standard error; it is low for a model of this size. KL: mean "
-        "KL(student || teacher) on the student's own rollouts at temperature 1. The teacher is the same model fine-tuned "
-        f"for {settings['teacher_steps']} steps on worked training solutions, not a stronger one.",
+        "Accuracy: of greedy replies (first number after #, else the last number), ± one standard error; it is low for a "
+        "model of this size. KL: mean KL(student || teacher) on the student's own rollouts at temperature 1. The teacher is "
+        f"the same model fine-tuned for {settings['teacher_steps']} steps on worked training solutions, not a stronger one.",
         highlight=False,
     )
     console.print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["stage_seconds"].items()))

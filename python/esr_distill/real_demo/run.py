@@ -22,10 +22,10 @@ from esr_distill.models import choose_device
 from esr_distill.progress import make_console
 from esr_distill.real_demo import fine_tune_teacher as fine_tuning
 from esr_distill.real_demo.complete_folder import read_json, remembered, write_json
-from esr_distill.real_demo.fetch_smollm2 import ORIGIN, fetch_smollm2
+from esr_distill.real_demo.fetch_smollm2 import MODEL_NAME, ORIGIN, fetch_smollm2
 from esr_distill.real_demo.gsm8k import INSTRUCTION, Slices, cut_slices, load_problems, write_prompt_file
 from esr_distill.real_demo.measurement import MAX_REPLY_TOKENS, Measurement
-from esr_distill.real_demo.report import print_table, write_picture
+from esr_distill.real_demo.report import print_table, summary, write_picture
 from esr_distill.real_demo.settings import RealDemoConfig
 from esr_distill.train import train
 
@@ -71,11 +71,17 @@ def run_stages(demo: RealDemoConfig, console: Console) -> int:
 
     console.rule("3/5 before")
     measurement = Measurement.prepare(student, slices.held_out, config.data, horizon=demo.horizon, device=device)
-    measured = measured_folder(output_dir)
     key = measurement_key(demo, fine_tuned["settings"])
+
+    def measure(name: str, folder: Path, reference: Path | None, settings: dict) -> dict:
+        path = output_dir / "measured" / f"{name.replace(' ', '-')}.json"
+        result = remembered(path, settings, lambda: measurement.of(folder, reference, console))
+        console.print(summary(name, result))
+        return result
+
     models = {
-        "teacher": remembered(measured / "teacher.json", key, lambda: measurement.of(teacher, None, console)),
-        "student before": remembered(measured / "before.json", key, lambda: measurement.of(student, teacher, console)),
+        "teacher": measure("teacher", teacher, None, key),
+        "student before": measure("student before", student, teacher, key),
     }
 
     console.rule("4/5 distillation")
@@ -85,12 +91,8 @@ def run_stages(demo: RealDemoConfig, console: Console) -> int:
         return INTERRUPTED
 
     console.rule("5/5 after")
-    key = {**key, "config": run_key(config)}
-    models["student after"] = remembered(
-        measured / "after.json",
-        key,
-        lambda: measurement.of(latest_checkpoint(result.checkpoint.parent), teacher, console),
-    )
+    trained = latest_checkpoint(result.checkpoint.parent)
+    models["student after"] = measure("student after", trained, teacher, {**key, "config": run_key(config)})
     results = {
         "settings": asdict(demo),
         "machine": machine_record(),
@@ -125,7 +127,7 @@ def distillation_config(demo: RealDemoConfig, output_dir: Path, device: torch.de
     """The training command's config: float32 student, bfloat16 teacher, rollouts at temperature 1, reverse KL."""
     return TrainConfig(
         model=ModelConfig(
-            student=str(output_dir / "models" / "SmolLM2-135M-Instruct"),
+            student=str(output_dir / "models" / MODEL_NAME),
             teacher=str(output_dir / "teacher"),
             teacher_dtype="bfloat16" if use_autocast(demo, device) else "float32",
             autocast=use_autocast(demo, device),
@@ -146,10 +148,6 @@ def use_autocast(demo: RealDemoConfig, device: torch.device) -> bool:
         return demo.autocast == "on"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cuda" or any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def measured_folder(output_dir: Path) -> Path:
-    return output_dir / "measured"
 
 
 def measurement_key(demo: RealDemoConfig, teacher_settings: dict) -> dict:
