@@ -228,7 +228,7 @@ def _alpha_terms(logprobs_a: Tensor, logprobs_b: Tensor, power: float) -> Tensor
     large = (logprobs_a + exponent).masked_fill(~is_large | too_large, 0.0).exp() - a
     difference = torch.where(is_large, large, small)
     difference = torch.where(b_zero, -a if power > 0 else math.inf, difference)
-    difference = difference.masked_fill(too_large & ~b_zero, math.inf)
+    difference = difference.masked_fill(too_large, math.inf)
     return difference / (power * (power - 1))
 
 

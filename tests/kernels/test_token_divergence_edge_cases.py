@@ -190,3 +190,19 @@ def test_equal_sides_have_value_and_gradient_zero(name):
     torch.testing.assert_close(output.divergence_N, torch.zeros(6), rtol=0, atol=1e-6)
     torch.testing.assert_close(grad, torch.zeros(6, 200), rtol=0, atol=6e-6)  # the upstream gradient goes up to 6
     assert torch.equal(output.top1_agreement_N, torch.ones(6))
+
+
+@pytest.mark.parametrize("stop_ids", [(), (1, 3)])
+@every_divergence
+def test_no_mix_of_extreme_logits_makes_nan(name, stop_ids):
+    """N2, N3, N8 at once: 2,000 rows of five logits drawn from the extremes that float32 has, up to its largest."""
+    extremes = torch.tensor([0.0, 1.0, -1.0, 1e-30, 50.0, -50.0, 200.0, -200.0, 6e4, -6e4, 3e38, -3e38, -INF, -INF])
+    generator = torch.Generator().manual_seed(9)
+    student, teacher = extremes[torch.randint(0, len(extremes), (2, 2000, 5), generator=generator)]
+    student.requires_grad_()
+    output = token_divergence(student, teacher, CASES[name].divergence, stop_ids=stop_ids, impl=Impl.REFERENCE)
+    output.divergence_N.sum().backward()
+    assert (output.divergence_N >= -1e-6).all()  # False for NaN
+    assert student.grad.isfinite().all()
+    assert (student.grad[output.divergence_N.isposinf()] == 0).all()
+    assert output.student_entropy_N.isfinite().all() and output.teacher_entropy_N.isfinite().all()
