@@ -5,10 +5,10 @@ pytest tests/distill/test_distill_loss.py
 
 import pytest
 import torch
+
 from esr_distill.config import LossConfig
 from esr_distill.distill_loss import make_divergence, normalize_divergence
 from esr_distill.input_error import InputError
-
 from esr_kernels import (
     AlphaDivergence,
     ForwardKL,

@@ -53,6 +53,17 @@ def test_head_on_hidden_states_is_the_model_itself(model):
         torch.testing.assert_close(ours_T_V, own_T_V, atol=2e-5, rtol=1e-5)
 
 
+def test_the_model_is_told_padding_and_positions(model):
+    """Without a mask, today's transformers would guess it from the position ids; not every version or family does."""
+    seen = []
+    model.base_model.register_forward_pre_hook(lambda _, __, options: seen.append(options), with_kwargs=True)
+    rollouts = make_rollouts([[BOS, 8, 9], [BOS]], [[4, 6], [3]])
+    last_hidden_states(model, rollouts)
+    assert seen[0]["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]
+    assert seen[0]["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 1]]
+    assert seen[0]["use_cache"] is False
+
+
 @torch.no_grad()
 def test_padding_does_not_change_the_hidden_states_of_real_tokens(model):
     """More left padding, a neighbour with a longer response, and other ids under the padding: nothing changes."""

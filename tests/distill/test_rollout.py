@@ -10,7 +10,7 @@ import torch
 from tiny_models import BOS, EOS, PAD, VOCAB_SIZE, make_model, make_prompt_batch
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
-from esr_distill.rollout import GREEDY, RolloutBatch, SamplerSettings, generate_rollouts
+from esr_distill.rollout import GREEDY, RolloutBatch, SamplerSettings, generate, generate_rollouts
 
 RAGGED = [[BOS, 5, 13, 7, 14, 9, 15], [BOS, 4], [BOS], [BOS, 8, 8, 13, 3, 15], [BOS, 12, 14, 11, 15]]
 PLAIN = SamplerSettings()
@@ -83,6 +83,18 @@ def test_stops_by_hand(name):
         assert rollouts.attention_mask_B_T[row].tolist() == mask
         assert rollouts.logprobs_B_K[row, len(response) :].tolist() == [0.0] * after
         assert rollouts.sampling_logprobs_B_K[row, len(response) :].tolist() == [0.0] * after
+
+
+@pytest.mark.parametrize(("poll_every", "calls"), [(1, 3), (2, 4), (4, 4), (16, 10)])
+def test_asking_less_often_whether_all_rows_have_ended_changes_nothing(monkeypatch, poll_every, calls):
+    """As on a GPU: the model runs on with finished rows, and nothing of that is kept."""
+    monkeypatch.setattr(generate, "STEPS_BETWEEN_POLLS", {"cpu": poll_every})
+    model = ScriptedModel([[5, 6, EOS], [EOS]])
+    rollouts = roll_out(model, [[BOS, 4, 5], [BOS]], sampler=GREEDY)
+    assert len(model.calls) == calls
+    assert responses(rollouts) == [[5, 6, EOS], [EOS]]
+    assert rollouts.token_ids_B_T.shape == (2, 6)
+    assert rollouts.stopped_by_eos_B.tolist() == [True, True]
 
 
 def test_what_the_model_is_fed():

@@ -1,6 +1,7 @@
 """Is the final answer found, and compared as a number?  pytest tests/distill/test_scorers.py"""
 
 import pytest
+
 from esr_distill.scorers import is_correct, last_number, normalize_number, number_after_hash
 
 

@@ -5,9 +5,6 @@ import random
 from pathlib import Path
 
 import torch
-from esr_distill.demo.character_tokenizer import make_character_tokenizer
-from esr_distill.prompts import PromptBatch
-from esr_distill.rollout import RolloutBatch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -15,6 +12,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from esr_distill.demo.character_tokenizer import make_character_tokenizer
+from esr_distill.prompts import PromptBatch
+from esr_distill.rollout import RolloutBatch
 
 VOCAB_SIZE = 19
 PAD, BOS, EOS = 0, 1, 2

@@ -16,7 +16,7 @@ from esr_distill.sampler_settings import SamplerSettings
 from esr_kernels import Impl, SamplerState, sample_tokens
 
 # A device counter says how many rows still run; asking for it makes the host wait, so a GPU is asked only this often.
-STEPS_BETWEEN_POLLS = 16
+STEPS_BETWEEN_POLLS = {"cpu": 1, "cuda": 16}
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def generate_rollouts(
         pad_id=pad_id,
         device=prompts.prompt_ids_B_P.device,
     )
-    poll_every = 1 if prompts.prompt_ids_B_P.device.type == "cpu" else STEPS_BETWEEN_POLLS
+    poll_every = STEPS_BETWEEN_POLLS.get(prompts.prompt_ids_B_P.device.type, 1)
     with eval_mode(model):
         for step, logits_B_V in enumerate(next_token_logits(model, prompts, state)):
             sample_tokens(logits_B_V[:, :vocab_size], state, impl=Impl.REFERENCE)
