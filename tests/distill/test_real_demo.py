@@ -207,7 +207,7 @@ def test_slices_share_no_problem():
 def test_default_slices_of_the_shipped_data_are_disjoint():
     slices = demo.make_slices(RealDemoConfig())
     parts = [{problem.question for problem in part} for part in vars(slices).values()]
-    assert [len(part) for part in parts] == [60 * 8, 20 * 16, 48]
+    assert [len(part) for part in parts] == [50 * 8, 20 * 16, 48]
     assert len(set.union(*parts)) == sum(map(len, parts))
     assert all(is_short(problem) for part in vars(slices).values() for problem in part)
 

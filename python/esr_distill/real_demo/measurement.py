@@ -20,6 +20,7 @@ from esr_distill.scorers import last_number, normalize_number, number_after_hash
 
 MAX_REPLY_TOKENS = 160
 REPLY_BATCH_SIZE, DIVERGENCE_BATCH_SIZE = 24, 16
+DIVERGENCE_PROBLEMS = 32
 TEACHER_FORMAT = re.compile(r"####\s*\$?-?\d")
 
 
@@ -36,7 +37,7 @@ class Measurement:
     def prepare(
         cls, model_folder: Path, problems: list[Problem], data: DataConfig, *, horizon: int, device: torch.device
     ) -> "Measurement":
-        """Rollouts run twice as long as the horizon, so that half of their positions lie past it."""
+        """Rollouts, on the first problems only, run twice as long as the horizon: half of their positions lie past it."""
         model = load_float32(model_folder, device)
         tokenizer = load_tokenizer(str(model_folder), "student")
         replies = Evaluation.prepare(
@@ -48,8 +49,13 @@ class Measurement:
             model=model,
             device=device,
         )
+        first = replace(
+            replies.problems,
+            token_ids=replies.problems.token_ids[:DIVERGENCE_PROBLEMS],
+            answers=replies.problems.answers[:DIVERGENCE_PROBLEMS],
+        )
         settings = replace(replies.settings, max_tokens=2 * horizon, batch_size=DIVERGENCE_BATCH_SIZE)
-        return cls(replies, replace(replies, settings=settings), horizon, device)
+        return cls(replies, replace(replies, problems=first, settings=settings), horizon, device)
 
     def of(self, folder: Path, teacher_folder: Path | None, console: Console) -> dict:
         """Replies of the model at `folder` and, if a teacher is given, its divergence from it; as JSON values."""

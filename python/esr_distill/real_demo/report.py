@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -83,7 +84,7 @@ def write_picture(results: dict, path: Path) -> None:
     figure.suptitle(
         f"Early Stopping Rollout, SmolLM2-135M-Instruct on GSM8K prompts: {settings['steps']} steps of "
         f"{results['distillation']['config']['rollout']['batch_size']} rollouts, seed {settings['seed']}, "
-        f"{machine['gpu'] or machine['processor']}, {machine['torch_threads']} threads",
+        f"{machine['gpu'] or machine['processor']}, {machine['torch_threads']} thread(s)",
         fontsize=12,
     )
     temporary = path.with_name(path.name + ".tmp")
@@ -93,7 +94,7 @@ def write_picture(results: dict, path: Path) -> None:
 
 
 def draw_divergence(axes: Axes, results: dict) -> None:
-    """Bars would hide the shape; single positions are noisy, so the points are shown under a running mean."""
+    """Single positions are noisy: points, under their running mean."""
     horizon, least = results["settings"]["horizon"], min(8, results["settings"]["problems"])
     for name, color in COLORS.items():
         model = results["models"][name]
@@ -128,6 +129,7 @@ def draw_loss(axes: Axes, results: dict) -> None:
         xlabel="distillation step",
         ylabel="mean KL(student || teacher) inside the horizon (nats)",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=9)
     axes.grid(alpha=0.3)

@@ -22,7 +22,7 @@ class RealDemoConfig:
     """
 
     output_dir: str = "runs/demo-real"
-    teacher_steps: int = 60
+    teacher_steps: int = 50
     steps: int = 20
     horizon: int = 48
     problems: int = 48
