@@ -58,8 +58,9 @@ clean:  ## remove .venv, .wheels, builds and caches; runs/ stays
 # Torch comes first and alone, so that no later step can choose another build of it: with an NVIDIA driver, and on macOS,
 # the build of the package index; on Linux without a driver the CPU build, never the CUDA one of several GB.
 $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "error: Python 3.10 to 3.13 is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  version=$$($(PYTHON) --version 2>/dev/null) || version="no program that runs"; \
+	  echo "error: Python 3.10 to 3.13 is needed; '$(PYTHON)' is $$version. Choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "[1/3] virtual environment $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV) || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv" >&2; exit 1; }
