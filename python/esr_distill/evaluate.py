@@ -71,26 +71,25 @@ class Evaluation:
         stop: StopIds,
         model: PreTrainedModel,
         device: torch.device,
+        group: str = "evaluation.",
     ) -> "Evaluation":
-        """Tokenise the problems; each must have an answer and fit into the model's context with its reply."""
+        """Tokenise the problems; each must have an answer and fit into the model's context with its reply.
+
+        `group` stands before the names of options in messages.
+        """
+        option = f"{group}prompts"
         records = records[: settings.limit]
         for number, record in enumerate(records, 1):
             if record.answer is None:
-                raise InputError(
-                    f'evaluation.prompts must have an "answer" to every prompt, got none to prompt {number}'
-                )
+                raise InputError(f'{option} must have an "answer" to every prompt, got none to prompt {number}')
             if expected_answer(record.answer, settings.scorer) is None:
                 raise InputError(
-                    f"evaluation.prompts must have answers in which {settings.scorer} finds a number, "
+                    f"{option} must have answers in which {settings.scorer} finds a number, "
                     f"got {record.answer[:60]!r} to prompt {number}"
                 )
-        problems = tokenize_prompts(
-            records, tokenizer, data, pad_id=stop.pad_id, device=device, option="evaluation.prompts"
-        )
-        limit, source = preflight.prompt_limit(data, settings.max_tokens, "evaluation.max_tokens", model)
-        preflight.fit_prompts(
-            problems, limit=limit, limit_source=source, long_prompts="error", option="evaluation.prompts"
-        )
+        problems = tokenize_prompts(records, tokenizer, data, pad_id=stop.pad_id, device=device, option=option)
+        limit, source = preflight.prompt_limit(None, settings.max_tokens, f"{group}max_tokens", model)
+        preflight.fit_prompts(problems, limit=limit, limit_source=source, long_prompts="error", option=option)
         return cls(problems, tokenizer, settings, stop)
 
     def accuracy(self, model: PreTrainedModel, console: Console | None = None) -> Accuracy:

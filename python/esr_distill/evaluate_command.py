@@ -28,6 +28,7 @@ def evaluate_model(config: EvalConfig) -> int:
         stop=find_stop_ids(tokenizer, model),
         model=model,
         device=device,
+        group="",
     )
     result = evaluation.accuracy(model, console)
     console.print(

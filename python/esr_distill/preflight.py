@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esr_distill.config import DataConfig, TrainConfig
+from esr_distill.config import TrainConfig
 from esr_distill.input_error import InputError
 from esr_distill.prompts import PromptSet
 
@@ -21,7 +21,7 @@ def check_tokenizer_pair(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 
 def check_vocab_sizes(student: PreTrainedModel, teacher: PreTrainedModel, config: TrainConfig) -> None:
-    """Equal head widths, or a `loss.vocab_size` that both heads reach and that keeps every id of the tokenizer."""
+    """Equal head widths, or a `loss.vocab_size` that both heads reach."""
     widths = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
     vocab_size = config.loss.vocab_size
     if vocab_size is None and widths[0] != widths[1]:
@@ -33,9 +33,15 @@ def check_vocab_sizes(student: PreTrainedModel, teacher: PreTrainedModel, config
         raise InputError(f"loss.vocab_size must be at most {min(widths)} for this pair, got {vocab_size}")
 
 
-def check_cut_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A cut vocabulary must still hold every token that a response can contain."""
+def check_token_ids(
+    tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel, config: TrainConfig
+) -> None:
+    """Both models can embed every id of the tokenizer, and a cut vocabulary still holds every one of them."""
     largest = max(tokenizer.get_vocab().values())
+    for option, model in (("model.student", student), ("model.teacher", teacher)):
+        width = model.get_input_embeddings().weight.shape[0]
+        if largest >= width:
+            raise InputError(f"{option} must embed the tokenizer's ids up to {largest}, got {width} embeddings")
     if config.loss.vocab_size is not None and config.loss.vocab_size <= largest:
         raise InputError(
             f"loss.vocab_size must be above the tokenizer's largest id {largest}, got {config.loss.vocab_size}"
@@ -65,7 +71,7 @@ def fit_prompts(
         raise InputError(
             f"{option} must hold prompts of at most {limit} tokens ({limit_source}), "
             f"got {dropped} of {len(fits)} that are longer, the longest {prompts.longest} tokens"
-            + ("" if dropped == len(fits) else "; data.long_prompts: drop leaves them out")
+            + ("; data.long_prompts: drop leaves them out" if option == "data.prompts" and dropped < len(fits) else "")
         )
     kept = [i for i, fit in enumerate(fits) if fit]
     ids, answers = [prompts.token_ids[i] for i in kept], [prompts.answers[i] for i in kept]
@@ -73,13 +79,13 @@ def fit_prompts(
 
 
 def prompt_limit(
-    data: DataConfig, response_tokens: int, response_option: str, *models: PreTrainedModel
+    max_prompt_tokens: int | None, response_tokens: int, response_option: str, *models: PreTrainedModel
 ) -> tuple[int, str]:
     """Longest prompt that still leaves room for the response, and where that number comes from."""
     context = context_length(*models)
     limits = []
-    if data.max_prompt_tokens is not None:
-        limits.append((data.max_prompt_tokens, "data.max_prompt_tokens"))
+    if max_prompt_tokens is not None:
+        limits.append((max_prompt_tokens, "data.max_prompt_tokens"))
     if context is not None:
         limits.append((context - response_tokens, f"context {context} minus {response_option} {response_tokens}"))
     limit, source = min(limits, default=(10**9, "no limit is known"))

@@ -110,7 +110,14 @@ def tokenize_prompts(
         InputError: a chat template is wanted and the tokenizer has none or it refuses the messages, or a prompt gives
             no token.
     """
-    token_ids = [_prompt_ids(record, tokenizer, data, option) for record in records]
+    try:
+        token_ids = [_prompt_ids(record, tokenizer, data, option) for record in records]
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special for a character that it does not know
+        raise InputError(
+            f"{option} must hold text that the tokenizer can split, got an error from it ({error})"
+        ) from error
     for record, ids in zip(records, token_ids, strict=True):
         if not ids:
             raise InputError(f"{option}: a prompt must give at least one token, got none for {record.prompt!r}")

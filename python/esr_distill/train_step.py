@@ -26,6 +26,7 @@ def train_step(run: TrainingRun, step: int) -> dict:
             eos_ids=run.stop.eos_ids,
             pad_id=run.stop.pad_id,
             seed=config.run.seed,
+            vocab_size=config.loss.vocab_size,
         )
     with clock("student_forward"), run.autocast():
         student_hidden_B_T_D = last_hidden_states(run.student, rollouts)

@@ -51,7 +51,6 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     device = choose_device(config.model.device)
     tokenizer = load_tokenizer(config.model.student, "model.student")
     preflight.check_tokenizer_pair(tokenizer, load_tokenizer(config.model.teacher, "model.teacher"))
-    preflight.check_cut_vocabulary(config, tokenizer)
 
     attention = config.model.attn_implementation
     student = load_model(
@@ -70,12 +69,15 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     )
     teacher.requires_grad_(False)
     preflight.check_vocab_sizes(student, teacher, config)
+    preflight.check_token_ids(tokenizer, student, teacher, config)
     check_output_head(student, "model.student")
     check_output_head(teacher, "model.teacher")
-    stop = find_stop_ids(tokenizer, student, teacher)
+    stop = find_stop_ids(tokenizer, student, teacher, vocab_size=config.loss.vocab_size)
 
     prompts = tokenize_prompts(records, tokenizer, config.data, pad_id=stop.pad_id, device=device)
-    limit, source = preflight.prompt_limit(config.data, config.rollout.horizon, "rollout.horizon", student, teacher)
+    limit, source = preflight.prompt_limit(
+        config.data.max_prompt_tokens, config.rollout.horizon, "rollout.horizon", student, teacher
+    )
     prompts, dropped = preflight.fit_prompts(
         prompts, limit=limit, limit_source=source, long_prompts=config.data.long_prompts, option="data.prompts"
     )

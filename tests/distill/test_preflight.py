@@ -12,7 +12,7 @@ from transformers import Gemma2Config, GPT2Config, MambaConfig, PreTrainedTokeni
 from esr_distill.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from esr_distill.input_error import InputError
 from esr_distill.preflight import (
-    check_cut_vocabulary,
+    check_token_ids,
     check_tokenizer_pair,
     check_vocab_sizes,
     context_length,
@@ -91,10 +91,20 @@ def test_unequal_widths(student, teacher):
 
 def test_a_cut_that_loses_tokens():
     """The tokenizer's largest id is 18."""
-    check_cut_vocabulary(with_vocab_size(None), make_tokenizer())
-    check_cut_vocabulary(with_vocab_size(19), make_tokenizer())
+    pair = make_model(0), make_model(1)
+    check_token_ids(make_tokenizer(), *pair, with_vocab_size(None))
+    check_token_ids(make_tokenizer(), *pair, with_vocab_size(19))
     with pytest.raises(InputError, match=r"loss\.vocab_size must be above the tokenizer's largest id 18, got 18"):
-        check_cut_vocabulary(with_vocab_size(18), make_tokenizer())
+        check_token_ids(make_tokenizer(), *pair, with_vocab_size(18))
+
+
+@pytest.mark.parametrize(("widths", "option"), [((19, 20), "student"), ((20, 19), "teacher")])
+def test_a_token_that_a_model_cannot_embed(widths, option):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    pair = [make_model(seed, vocab_size=width) for seed, width in enumerate(widths)]
+    with pytest.raises(InputError, match=f"model.{option} must embed the tokenizer's ids up to 19, got 19 embeddings"):
+        check_token_ids(tokenizer, *pair, with_vocab_size(None))
 
 
 # Lengths
@@ -112,7 +122,7 @@ def test_context_length():
 def test_prompt_and_response_share_the_context():
     """The whole rollout goes through both models, so prompt + horizon must be at most the shorter context."""
     student, teacher = make_model(0), make_model(1, max_position_embeddings=40)
-    limit, source = prompt_limit(DATA, 30, "rollout.horizon", student, teacher)
+    limit, source = prompt_limit(None, 30, "rollout.horizon", student, teacher)
     assert (limit, source) == (10, "context 40 minus rollout.horizon 30")
     ids = torch.arange(40)[None] % 19
     assert teacher(ids).logits.shape[1] == limit + 30
@@ -120,13 +130,13 @@ def test_prompt_and_response_share_the_context():
 
 def test_max_prompt_tokens():
     data = replace(DATA, max_prompt_tokens=25)
-    assert prompt_limit(data, 100, "rollout.horizon", make_model(0)) == (25, "data.max_prompt_tokens")
-    assert prompt_limit(data, 110, "rollout.horizon", make_model(0))[0] == 18
+    assert prompt_limit(data.max_prompt_tokens, 100, "rollout.horizon", make_model(0)) == (25, "data.max_prompt_tokens")
+    assert prompt_limit(data.max_prompt_tokens, 110, "rollout.horizon", make_model(0))[0] == 18
 
 
 def test_no_known_context():
-    assert prompt_limit(DATA, 100, "rollout.horizon", NO_CONTEXT)[0] >= 10**9
-    assert prompt_limit(replace(DATA, max_prompt_tokens=7), 100, "rollout.horizon", NO_CONTEXT)[0] == 7
+    assert prompt_limit(None, 100, "rollout.horizon", NO_CONTEXT)[0] >= 10**9
+    assert prompt_limit(7, 100, "rollout.horizon", NO_CONTEXT)[0] == 7
 
 
 @pytest.mark.parametrize("horizon", [128, 129, 100000])
@@ -134,8 +144,8 @@ def test_a_horizon_that_leaves_no_room(horizon):
     with pytest.raises(
         InputError, match=rf"rollout\.horizon must leave room for a prompt .* context of 128, got {horizon}"
     ):
-        prompt_limit(DATA, horizon, "rollout.horizon", make_model(0))
-    assert prompt_limit(DATA, 127, "rollout.horizon", make_model(0))[0] == 1
+        prompt_limit(None, horizon, "rollout.horizon", make_model(0))
+    assert prompt_limit(None, 127, "rollout.horizon", make_model(0))[0] == 1
 
 
 def make_set(*lengths: int) -> PromptSet:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_models import save_pair, write_prompts
+from tiny_models import VOCAB_SIZE, make_model, save_pair, write_prompts
 
 import esr_distill.train as train_module
 from esr_distill.checkpoint import find_checkpoints
@@ -70,7 +70,7 @@ def interrupt_after(step: int, monkeypatch) -> None:
 
 
 def test_the_embedded_pair_learns_and_respects_the_horizon(tmp_path, console, monkeypatch):
-    problems = make_problems("rewrite", 320, 0, 2, 7)
+    problems = make_problems("rewrite", 32, 0, 7, 7)
     write_prompts(tmp_path / "prompts.jsonl", texts=[problem.prompt for problem in problems])
     rollouts_seen = []
 
@@ -82,22 +82,22 @@ def test_the_embedded_pair_learns_and_respects_the_horizon(tmp_path, console, mo
     config = TrainConfig(
         model=ModelConfig(str(MODELS / "rewrite" / "student"), str(MODELS / "rewrite" / "teacher"), device="cpu"),
         data=DataConfig(str(tmp_path / "prompts.jsonl"), chat_template=False),
-        rollout=RolloutConfig(horizon=12, batch_size=32, sampling_temperature=1.0, top_p=1.0),
-        optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.0, schedule="constant", warmup_fraction=0.0),
+        rollout=RolloutConfig(horizon=8, batch_size=32, sampling_temperature=1.0, top_p=1.0),
+        optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.0, schedule="constant", warmup_fraction=0.0),
         loss=LossConfig(normalizer="token_mean"),
-        run=RunConfig(output_dir=str(tmp_path / "run"), steps=10),
+        run=RunConfig(output_dir=str(tmp_path / "run"), steps=20),
     )
     train(config, console)
 
     loss = losses(config)
     assert sum(loss[-3:]) < 0.8 * sum(loss[:3])
     records = read_metrics(tmp_path / "run" / "metrics.jsonl", "step")
-    assert len(rollouts_seen) == len(records) == 10
+    assert len(rollouts_seen) == len(records) == 20
     for rollouts, record in zip(rollouts_seen, records, strict=True):
-        assert rollouts.response_ids_B_K.shape[1] <= 12
-        assert int(rollouts.response_lengths_B.max()) <= 12
-        assert record["trained_tokens"] == int(rollouts.response_lengths_B.sum())
-    assert any(record["stopped_by_eos"] < 1 for record in records)
+        # A whole reply has 51 tokens, so every rollout is cut at the horizon and trains exactly that many rows.
+        assert rollouts.response_ids_B_K.shape[1] == 8
+        assert rollouts.response_lengths_B.tolist() == [8] * 32
+        assert record["trained_tokens"] == 32 * 8
 
 
 def test_a_run_interrupted_and_resumed_has_the_same_losses_and_weights(tmp_path, console, monkeypatch):
@@ -188,6 +188,25 @@ def test_the_switches_are_independent(tmp_path, console, normalizer, divergence,
     config = tiny_config(tmp_path, steps=1, loss=loss)
     train(config, console)
     assert losses(config)[0] > 0
+
+
+def test_a_padded_teacher_head_is_cut_and_surplus_ids_are_never_drawn(tmp_path, console, monkeypatch):
+    """Student with 3 surplus ids, teacher with 5, tokenizer with 19: everything happens on the first 19."""
+    config = tiny_config(tmp_path, steps=2)
+    for role, width in (("student", VOCAB_SIZE + 3), ("teacher", VOCAB_SIZE + 5)):
+        make_model(seed=width, vocab_size=width).save_pretrained(tmp_path / role)
+    with pytest.raises(InputError, match="vocabulary size 22, got 24; .* set loss.vocab_size to 22 or less"):
+        train(config, console)
+    seen = []
+
+    def recording(*arguments, **options):
+        seen.append(generate_rollouts(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr("esr_distill.train_step.generate_rollouts", recording)
+    train(replace(config, loss=LossConfig(vocab_size=VOCAB_SIZE)), console)
+    assert len(seen) == 2
+    assert all(int(rollouts.response_ids_B_K.max()) < VOCAB_SIZE for rollouts in seen)
 
 
 def test_accuracy_is_recorded_before_during_and_after(tmp_path, console):
