@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+
 from esr_distill.demo.chain_sum import (
     SPLITS,
     TASKS,

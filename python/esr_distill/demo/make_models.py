@@ -81,7 +81,10 @@ RECIPES = {
     "pointer": Recipe(
         num_terms=9,
         rope_theta=500.0,
-        teacher_stages=(Stage("base", 1500, max_terms=9, batch_size=48, learning_rate=2e-3, short_fraction=0.45),),
+        teacher_stages=(
+            Stage("base", 1200, max_terms=9, batch_size=48, learning_rate=2e-3, short_fraction=0.45),
+            Stage("fine-tune", 500, max_terms=9, batch_size=48, learning_rate=1.5e-3),
+        ),
         student_stage=Stage("forget", 120, max_terms=9, batch_size=48, learning_rate=1e-3, forget_carry=True),
     ),
 }
