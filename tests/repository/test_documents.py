@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.:/~-])/(?:home|Users|root|tmp|work|opt|mnt|w
 MARKDOWN_LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?:(?: {4}[^\n]*)?\n)*(?: {4}[^\n]*\n?)", re.MULTILINE)
 PATH = re.compile(r"[\w.][\w./-]*")
 ROOM_PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, ROOMS))})/[\w./-]*\w/?")
 
@@ -24,6 +26,11 @@ ROOM_PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, ROOMS))})/[\w.
 def documents(root: Path) -> Iterator[tuple[str, str]]:
     for path in files(root, ".md"):
         yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+
+
+def code_blocks(text: str) -> list[str]:
+    """Fenced blocks, and blocks indented by four spaces after an empty line."""
+    return FENCE.findall(text) + [textwrap.dedent(block) for block in INDENTED.findall(FENCE.sub("", text))]
 
 
 def docstrings_and_comments(root: Path) -> Iterator[tuple[str, str]]:
@@ -80,12 +87,12 @@ def missing_paths(root: Path) -> list[str]:
 
 
 def drawn_trees(text: str) -> Iterator[list[tuple[str, bool]]]:
-    """The file trees in fenced blocks, each a list of (path, is a folder).
+    """The file trees in code blocks, each a list of (path, is a folder).
 
     A tree is a block whose first line names a folder ("docs/   what is there"); depth is by indentation or box drawing.
     A line's leading words that look like paths are drawn paths; the first word that does not begins the description.
     """
-    for block in FENCE.findall(text):
+    for block in code_blocks(text):
         lines = [line.rstrip() for line in block.splitlines() if line.strip()]
         if not any(re.match(r"[│├└─ ]*[\w./-]+/(\s|$)", line) for line in lines[:2]):
             continue
@@ -133,13 +140,13 @@ def wrong_trees(root: Path) -> list[str]:
 
 
 def unknown_targets(root: Path) -> list[str]:
-    """Calls of make, in a code span or a line of a fenced block, with a target that the Makefile does not have."""
+    """Calls of make, in a code span or a line of a code block, with a target that the Makefile does not have."""
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
     named = []
     for name, text in [*documents(root), *docstrings_and_comments(root)]:
         commands = CODE_SPAN.findall(FENCE.sub("", text))
-        for block in FENCE.findall(text):
+        for block in code_blocks(text):
             commands += block.splitlines()
         for command in commands:
             call = re.match(r"\s*(?:\$ )?make((?:\s+[\w./=-]+)+)", command)
@@ -232,6 +239,7 @@ python/esr_distill/   the loop
 """
 
 
+@pytest.mark.parametrize("is_fenced", [True, False])
 @pytest.mark.parametrize(
     "more, wrong",
     [
@@ -241,10 +249,13 @@ python/esr_distill/   the loop
         ("tests/   checks\n  test_b.py", ["README.md: the tree draws tests/test_b.py, which does not exist"]),
     ],
 )
-def test_wrong_tree_is_found(tmp_path, more, wrong):
+def test_wrong_tree_is_found(tmp_path, more, wrong, is_fenced):
     names = ["Makefile", "esr_kernels/impl.py", "esr_kernels/checks.py", "esr_kernels/op_a/api.py", "tests/test_a.py"]
     plant(tmp_path, dict.fromkeys([*names, "python/esr_distill/train.py"], ""))
-    plant(tmp_path, {"README.md": TREE.format(more=more)})
+    tree = TREE.format(more=more)
+    if not is_fenced:
+        tree = textwrap.indent(tree.replace("```", ""), "    ")
+    plant(tmp_path, {"README.md": f"The tree:\n{tree}"})
     assert wrong_trees(tmp_path) == wrong
 
 
@@ -257,10 +268,12 @@ def test_undrawn_operator_is_found_in_a_box_drawing(tmp_path):
 
 def test_unknown_target_is_found(tmp_path):
     text = "`make demo` `make PYTHON=python3.12 lint` make sure\n```\nmake test bench  # both\n$ make check\n```\n"
+    text += "\n    make demo\n\n    make docs  # pages\n\nand\n    make do\n"
     plant(tmp_path, {"README.md": text, "Makefile": "demo:\n\ttrue\ntest: demo\n\ttrue\ncheck:\n"})
     assert unknown_targets(tmp_path) == [
         "README.md: make lint is no target of the Makefile",
         "README.md: make bench is no target of the Makefile",
+        "README.md: make docs is no target of the Makefile",
     ]
 
 
