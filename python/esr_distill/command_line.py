@@ -12,24 +12,12 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from esr_distill.config import EvalConfig, TrainConfig
-from esr_distill.config_file import CONFIG_FILE
+from esr_distill.config import EvalConfig
+from esr_distill.config_file import load_saved_config, read_config, train_parser
 from esr_distill.demo.settings import DemoConfig
+from esr_distill.exit_status import BAD_INPUT, INTERRUPTED
 from esr_distill.input_error import InputError
 from esr_distill.real_demo.settings import RealDemoConfig
-
-BAD_INPUT, INTERRUPTED = 2, 130
-
-
-def train_parser() -> ArgumentParser:
-    """A YAML file by --config, then flags by the same names, e.g. --rollout.horizon 100."""
-    parser = ArgumentParser(description="Distil a student from a teacher on the student's own rollouts.")
-    parser.add_argument("--config", action="config", help="YAML file of options; flags after it win.")
-    parser.add_argument(
-        "--resume", type=str, default=None, help="Folder of a run to go on with; takes no other option."
-    )
-    parser.add_class_arguments(TrainConfig, None)
-    return parser
 
 
 def settings_parser(settings: type, description: str) -> ArgumentParser:
@@ -37,21 +25,6 @@ def settings_parser(settings: type, description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
     parser.add_class_arguments(settings, None)
     return parser
-
-
-def read_config(options: Namespace, parser: ArgumentParser) -> TrainConfig:
-    """Parsed train options as a checked TrainConfig."""
-    groups = parser.instantiate(options)
-    return TrainConfig(**{name: groups[name] for name in TrainConfig.__dataclass_fields__})
-
-
-def load_saved_config(output_dir: Path) -> TrainConfig:
-    """The config of an earlier run, from the file it left."""
-    path = output_dir / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(f"--resume must name the folder of a run, got {str(output_dir)!r}, which has no {CONFIG_FILE}")
-    parser = train_parser()
-    return read_config(parser.parse_path(path), parser)
 
 
 def main(argv: list[str] | None = None) -> int:

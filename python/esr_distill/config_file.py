@@ -1,14 +1,46 @@
-"""Config to YAML and back."""
+"""A training config from flags and YAML, to YAML, and back from the file that a run left."""
 
 import os
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from esr_distill.config import TrainConfig
+from esr_distill.input_error import InputError
 
 CONFIG_FILE = "config.yaml"
+
+
+def train_parser() -> ArgumentParser:
+    """A YAML file by --config, then flags by the same names, e.g. --rollout.horizon 100."""
+    parser = ArgumentParser(description="Distil a student from a teacher on the student's own rollouts.")
+    parser.add_argument("--config", action="config", help="YAML file of options; flags after it win.")
+    parser.add_argument(
+        "--resume", type=str, default=None, help="Folder of a run to go on with; takes no other option."
+    )
+    parser.add_class_arguments(TrainConfig, None)
+    return parser
+
+
+def read_config(options: Namespace, parser: ArgumentParser) -> TrainConfig:
+    """Parsed train options as a checked TrainConfig."""
+    groups = parser.instantiate(options)
+    return TrainConfig(**{name: groups[name] for name in TrainConfig.__dataclass_fields__})
+
+
+def load_saved_config(output_dir: Path) -> TrainConfig:
+    """The config of an earlier run, from the file it left.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = output_dir / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"--resume must name the folder of a run, got {str(output_dir)!r}, which has no {CONFIG_FILE}")
+    parser = train_parser()
+    return read_config(parser.parse_path(path), parser)
 
 
 def save_config(config: TrainConfig, output_dir: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from esr_distill import config as config_module
-from esr_distill.command_line import load_saved_config, read_config, train_parser
 from esr_distill.config import (
     DataConfig,
     EvaluationConfig,
@@ -20,7 +19,7 @@ from esr_distill.config import (
     RunConfig,
     TrainConfig,
 )
-from esr_distill.config_file import save_config
+from esr_distill.config_file import load_saved_config, read_config, save_config, train_parser
 from esr_distill.demo.settings import DemoConfig
 from esr_distill.input_error import InputError
 from esr_distill.real_demo.settings import RealDemoConfig

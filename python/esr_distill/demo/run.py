@@ -15,13 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from esr_distill.checkpoint import find_checkpoints
-from esr_distill.command_line import INTERRUPTED, load_saved_config
 from esr_distill.config import DataConfig, EvaluationConfig, TrainConfig
+from esr_distill.config_file import load_saved_config
 from esr_distill.demo.arms import BATCH_SIZE, MODELS, TASK_SETTINGS, arm_config, arms_of
 from esr_distill.demo.chain_sum import ChainSumProblem, check_no_shared_prompt, correct_steps, make_problems
 from esr_distill.demo.report import print_table, write_picture, write_report
 from esr_distill.demo.settings import DemoConfig
 from esr_distill.evaluate import Evaluation, divergence_by_position
+from esr_distill.exit_status import INTERRUPTED
 from esr_distill.machine import machine_record
 from esr_distill.metrics import read_metrics
 from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer

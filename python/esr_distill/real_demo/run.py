@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 from esr_distill.checkpoint import find_checkpoints, latest_checkpoint
-from esr_distill.command_line import INTERRUPTED, load_saved_config
 from esr_distill.config import DataConfig, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, TrainConfig
+from esr_distill.config_file import load_saved_config
+from esr_distill.exit_status import INTERRUPTED
 from esr_distill.machine import machine_record
 from esr_distill.metrics import read_metrics
 from esr_distill.models import choose_device
