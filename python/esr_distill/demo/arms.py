@@ -33,7 +33,7 @@ class TaskSettings:
 
 TASK_SETTINGS = {
     "rewrite": TaskSettings(min_terms=2, max_terms=7, horizon=18, full_length=64),
-    "pointer": TaskSettings(min_terms=2, max_terms=13, horizon=32, full_length=112),
+    "pointer": TaskSettings(min_terms=9, max_terms=9, horizon=24, full_length=80),
 }
 
 
