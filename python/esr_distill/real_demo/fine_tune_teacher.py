@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from esr_distill.complete_files import complete_folder, read_json, write_json
 from esr_distill.config import DataConfig, OptimizerConfig
 from esr_distill.hidden_states import output_head
 from esr_distill.models import load_model, load_tokenizer
 from esr_distill.prompts import PromptRecord, tokenize_prompts
-from esr_distill.real_demo.complete_folder import complete_folder, read_json, write_json
 from esr_distill.real_demo.gsm8k import Problem
 from esr_distill.training_run import make_optimizer
 
@@ -56,8 +56,7 @@ def fine_tune_teacher(
     model = load_model(str(student), "student", dtype="float32", attn_implementation="sdpa", device=device)
     rows = encode_solutions(tokenizer, problems, data)
     start = time.perf_counter()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-        losses = fine_tune(model, rows, steps, pad_id=tokenizer.pad_token_id, console=console)
+    losses = fine_tune(model, rows, steps, pad_id=tokenizer.pad_token_id, autocast=autocast, console=console)
     record = {"settings": settings, "loss": losses, "seconds": time.perf_counter() - start}
     with complete_folder(folder) as partial:
         model.bfloat16().save_pretrained(partial)
@@ -104,6 +103,7 @@ def fine_tune(
     steps: int,
     *,
     pad_id: int,
+    autocast: bool,
     console: Console,
 ) -> list[float]:
     """Train in place, step s on rows s * BATCH_SIZE and following; the loss of each step, before its update."""
@@ -113,7 +113,9 @@ def fine_tune(
         bar = progress.add_task("fine-tuning the teacher", total=steps, loss=math.nan)
         for step in range(steps):
             batch = make_batch(rows[step * BATCH_SIZE : (step + 1) * BATCH_SIZE], pad_id)
-            loss = response_loss(model, *(tensor.to(model.device) for tensor in batch))
+            # Autocast keeps its bfloat16 copies of the weights until it ends: it must not outlive a step.
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
+                loss = response_loss(model, *(tensor.to(model.device) for tensor in batch))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
             optimizer.step()

@@ -1,6 +1,5 @@
 """The real demo's results as a table and a picture."""
 
-import os
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
+
+from esr_distill.complete_files import complete_file
 
 HEADINGS = (
     "model",
@@ -87,10 +88,9 @@ def write_picture(results: dict, path: Path) -> None:
         f"{machine['gpu'] or machine['processor']}, {machine['torch_threads']} thread(s)",
         fontsize=12,
     )
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
+    with complete_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def draw_divergence(axes: Axes, results: dict) -> None:

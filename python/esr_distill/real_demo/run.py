@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from esr_distill.checkpoint import find_checkpoints, latest_checkpoint
+from esr_distill.complete_files import read_json, write_json
 from esr_distill.config import DataConfig, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, TrainConfig
 from esr_distill.config_file import load_saved_config
 from esr_distill.exit_status import INTERRUPTED
@@ -22,10 +23,10 @@ from esr_distill.metrics import read_metrics
 from esr_distill.models import choose_device
 from esr_distill.progress import make_console
 from esr_distill.real_demo import fine_tune_teacher as fine_tuning
-from esr_distill.real_demo.complete_folder import read_json, remembered, write_json
 from esr_distill.real_demo.fetch_smollm2 import MODEL_NAME, ORIGIN, fetch_smollm2
 from esr_distill.real_demo.gsm8k import INSTRUCTION, Slices, cut_slices, load_problems, write_prompt_file
 from esr_distill.real_demo.measurement import MAX_REPLY_TOKENS, Measurement
+from esr_distill.real_demo.remembered import remembered
 from esr_distill.real_demo.report import print_table, summary, write_picture
 from esr_distill.real_demo.settings import RealDemoConfig
 from esr_distill.train import train
