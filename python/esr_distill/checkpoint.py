@@ -1,14 +1,13 @@
 """Checkpoints: a folder that appears whole or not at all, in Hugging Face format plus what exact resuming needs."""
 
-import json
-import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from esr_distill.complete_files import complete_folder, read_json, write_json
 from esr_distill.input_error import InputError
 from esr_distill.training_run import TrainingRun
 
@@ -27,37 +26,25 @@ class TrainerState:
 def save_checkpoint(run: TrainingRun, state: TrainerState, output_dir: Path) -> Path:
     """Write `checkpoint-<step>`: weights, tokenizer, optimizer, schedule, random state, step.
 
-    Everything is written into a temporary folder, flushed to the disk and renamed, so a folder of that name is complete;
-    a write that fails leaves the earlier checkpoints as they were. Older ones beyond `run.keep_checkpoints` go afterwards.
+    A folder of that name is complete: a write that fails leaves the earlier checkpoints as they were. Older ones beyond
+    `run.keep_checkpoints` go afterwards.
     """
     final = output_dir / f"checkpoint-{state.step:06d}"
-    temporary = output_dir / f".{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    run.student.save_pretrained(temporary)
-    run.tokenizer.save_pretrained(temporary)
-    torch.save(
-        {
-            "optimizer": run.optimizer.state_dict(),
-            "scheduler": run.scheduler.state_dict(),
-            "torch_random_state": torch.get_rng_state(),
-        },
-        temporary / OPTIMIZER_FILE,
-    )
-    (temporary / STATE_FILE).write_text(json.dumps({"step": state.step, "train_seconds": state.train_seconds}))
-    _flush(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    with complete_folder(final) as partial:
+        run.student.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
+        torch.save(
+            {
+                "optimizer": run.optimizer.state_dict(),
+                "scheduler": run.scheduler.state_dict(),
+                "torch_random_state": torch.get_rng_state(),
+            },
+            partial / OPTIMIZER_FILE,
+        )
+        write_json(partial / STATE_FILE, asdict(state))
     for old in find_checkpoints(output_dir)[: -run.config.run.keep_checkpoints]:
         shutil.rmtree(old)
     return final
-
-
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -85,5 +72,4 @@ def load_training_state(run: TrainingRun, checkpoint: Path) -> TrainerState:
     run.optimizer.load_state_dict(saved["optimizer"])
     run.scheduler.load_state_dict(saved["scheduler"])
     torch.set_rng_state(saved["torch_random_state"].cpu())
-    state = json.loads((checkpoint / STATE_FILE).read_text())
-    return TrainerState(**state)
+    return TrainerState(**read_json(checkpoint / STATE_FILE))

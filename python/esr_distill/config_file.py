@@ -1,12 +1,12 @@
 """A training config from flags and YAML, to YAML, and back from the file that a run left."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from esr_distill.complete_files import write_text
 from esr_distill.config import TrainConfig
 from esr_distill.input_error import InputError
 
@@ -45,10 +45,7 @@ def load_saved_config(output_dir: Path) -> TrainConfig:
 
 def save_config(config: TrainConfig, output_dir: Path) -> None:
     """Write the resolved config, every field with its value, beside the checkpoints."""
-    text = yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-    temporary = output_dir / (CONFIG_FILE + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, output_dir / CONFIG_FILE)
+    write_text(output_dir / CONFIG_FILE, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
 
 
 def _plain(value: object) -> object:

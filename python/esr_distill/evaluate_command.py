@@ -1,9 +1,8 @@
 """`esr-distill eval`: accuracy of one model on a file of problems, printed and written as JSON."""
 
-import json
-import os
 from pathlib import Path
 
+from esr_distill.complete_files import write_json
 from esr_distill.config import EvalConfig
 from esr_distill.evaluate import Evaluation
 from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer
@@ -36,9 +35,5 @@ def evaluate_model(config: EvalConfig) -> int:
         f"mean length {result.mean_length:.1f} tokens, finished {100 * result.finished:.0f} %"
     )
     if config.output is not None:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"model": config.model, "prompts": config.prompts, **vars(result)}, indent=2))
-        os.replace(temporary, path)
+        write_json(Path(config.output), {"model": config.model, "prompts": config.prompts, **vars(result)})
     return 0

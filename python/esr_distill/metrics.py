@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from esr_distill.complete_files import write_text
 from esr_distill.prefix_positions import PrefixPositions
 from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_kernels import DivergenceOutput
@@ -114,9 +115,7 @@ class MetricsFile:
     def drop_after(self, step: int) -> None:
         """Forget the lines of steps later than `step`: a resumed run writes them again."""
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import os
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
+
+from esr_distill.complete_files import complete_file, write_text
 
 # The loss-masked arm is dashed and drawn last: its line lies on that of ESR, which trains on the same tokens.
 STYLES = {
@@ -86,10 +87,9 @@ def write_picture(results: dict, path: Path) -> None:
         f"{machine['gpu'] or machine['processor']}, {machine['torch_threads']} threads",
         fontsize=12,
     )
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
+    with complete_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def draw_accuracy(axes: Axes, results: dict) -> None:
@@ -214,6 +214,4 @@ def write_report(results: dict, picture: Path, path: Path) -> None:
             f"{versions}, commit {machine['commit']}, seed {settings['seed']}, {results['total_seconds']:.0f} s in all"
         ),
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, page)

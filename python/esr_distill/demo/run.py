@@ -5,7 +5,6 @@ measures the results on held-out problems.
 """
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from esr_distill.checkpoint import find_checkpoints
+from esr_distill.complete_files import write_json, write_text
 from esr_distill.config import DataConfig, EvaluationConfig, TrainConfig
 from esr_distill.config_file import load_saved_config
 from esr_distill.demo.arms import BATCH_SIZE, MODELS, TASK_SETTINGS, arm_config, arms_of
@@ -76,10 +76,9 @@ def write_problems(demo: DemoConfig, output_dir: Path) -> list[ChainSumProblem]:
         demo.task, demo.problems, demo.seed, settings.max_terms, settings.max_terms, split="held_out"
     )
     check_no_shared_prompt(training, held_out)
-    output_dir.mkdir(parents=True, exist_ok=True)
     for name, problems in (("prompts.jsonl", training), ("problems.jsonl", held_out)):
         lines = [json.dumps({"prompt": problem.prompt, "answer": problem.answer}) for problem in problems]
-        (output_dir / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(output_dir / name, "\n".join(lines) + "\n")
     return held_out
 
 
@@ -166,9 +165,3 @@ def training_record(folder: Path) -> dict:
             for record in read_metrics(folder / "metrics.jsonl", "evaluation")
         ],
     }
-
-
-def write_json(path: Path, value: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
