@@ -23,17 +23,18 @@ EVALUATE_EVERY = 20
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Lengths of a task: terms of its problems, horizon of ESR, and a length no right reply exceeds."""
+    """Terms of a task's problems, horizon of ESR, a length that no right reply exceeds, and steps of an arm."""
 
     min_terms: int
     max_terms: int
     horizon: int
     full_length: int
+    steps: int
 
 
 TASK_SETTINGS = {
-    "rewrite": TaskSettings(min_terms=2, max_terms=7, horizon=18, full_length=64),
-    "pointer": TaskSettings(min_terms=9, max_terms=9, horizon=24, full_length=80),
+    "rewrite": TaskSettings(min_terms=2, max_terms=7, horizon=18, full_length=64, steps=160),
+    "pointer": TaskSettings(min_terms=9, max_terms=9, horizon=24, full_length=80, steps=240),
 }
 
 
@@ -44,6 +45,11 @@ class Arm:
     title: str
     horizon: int
     prefix_tokens: int | None
+
+
+def steps_of(demo: DemoConfig) -> int:
+    """Optimizer steps of each arm."""
+    return demo.steps or TASK_SETTINGS[demo.task].steps
 
 
 def arms_of(task: str) -> dict[str, Arm]:
@@ -80,6 +86,6 @@ def arm_config(name: str, demo: DemoConfig, output_dir: Path) -> TrainConfig:
             limit=CURVE_PROBLEMS,
         ),
         run=RunConfig(
-            output_dir=str(output_dir / name), steps=demo.steps, seed=demo.seed, save_every=50, keep_checkpoints=1
+            output_dir=str(output_dir / name), steps=steps_of(demo), seed=demo.seed, save_every=50, keep_checkpoints=1
         ),
     )
