@@ -98,10 +98,7 @@ class Evaluation:
 
     def replies(self, model: PreTrainedModel, console: Console | None = None) -> list[Reply]:
         """The greedy reply to each problem, in order."""
-        batches = self.batches(model, GREEDY, seed=0)
-        if console is not None:
-            count = math.ceil(len(self.problems.token_ids) / self.settings.batch_size)
-            batches = track(batches, "evaluating", total=count, console=console, transient=True)
+        batches = self.batches(model, GREEDY, 0, console)
         return [reply for rollouts in batches for reply in decode_replies(rollouts, self.tokenizer)]
 
     def score(self, replies: list[Reply]) -> Accuracy:
@@ -117,11 +114,31 @@ class Evaluation:
             finished=sum(reply.finished for reply in replies) / count,
         )
 
-    def batches(self, model: PreTrainedModel, sampler: SamplerSettings, seed: int) -> Iterator[RolloutBatch]:
+    def own_divergence(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, console: Console | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`divergence_by_position` summed over the student's own rollouts to all problems, sampled at temperature 1.
+
+        Returns:
+            sum_K, count_K: (K,) float64, up to the last position that a rollout reached.
+        """
+        sum_K, count_K = torch.zeros(2, self.settings.max_tokens, dtype=torch.float64)
+        for rollouts in self.batches(student, SamplerSettings(), 1, console):
+            sums, counts = divergence_by_position(student, teacher, rollouts, stop_ids=self.stop.eos_ids)
+            sum_K[: len(sums)] += sums
+            count_K[: len(counts)] += counts
+        reached = int((count_K > 0).sum())
+        return sum_K[:reached], count_K[:reached]
+
+    def batches(
+        self, model: PreTrainedModel, sampler: SamplerSettings, seed: int, console: Console | None = None
+    ) -> Iterator[RolloutBatch]:
         """Rollouts of all problems in order, at most `settings.batch_size` at a time."""
-        count = len(self.problems.token_ids)
-        for start in range(0, count, self.settings.batch_size):
-            indices = list(range(start, min(start + self.settings.batch_size, count)))
+        starts = range(0, len(self.problems.token_ids), self.settings.batch_size)
+        if console is not None:
+            starts = track(starts, "evaluating", console=console, transient=True)
+        for start in starts:
+            indices = list(range(start, min(start + self.settings.batch_size, len(self.problems.token_ids))))
             yield generate_rollouts(
                 model,
                 pad_prompts(self.problems, indices, request_ids=indices),

@@ -21,14 +21,13 @@ from esr_distill.demo.arms import BATCH_SIZE, MODELS, TASK_SETTINGS, arm_config,
 from esr_distill.demo.chain_sum import ChainSumProblem, check_no_shared_prompt, correct_steps, make_problems
 from esr_distill.demo.report import print_table, write_picture, write_report
 from esr_distill.demo.settings import DemoConfig
-from esr_distill.evaluate import Evaluation, divergence_by_position
+from esr_distill.evaluate import Evaluation
 from esr_distill.exit_status import INTERRUPTED
 from esr_distill.machine import machine_record
 from esr_distill.metrics import read_metrics
 from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.progress import make_console
 from esr_distill.prompts import PromptRecord
-from esr_distill.sampler_settings import SamplerSettings
 from esr_distill.train import train
 
 RESULTS = "results.json"
@@ -127,24 +126,12 @@ class Measurement:
         """Everything about one model, as JSON values."""
         replies = self.evaluation.replies(model)
         verdicts = [correct_steps(p, reply.text) for p, reply in zip(self.problems, replies, strict=True)]
+        sum_K, count_K = self.evaluation.own_divergence(model, teacher)
         return {
             **asdict(self.evaluation.score(replies)),
             "right_steps": torch.tensor(verdicts, dtype=torch.float64).mean(0).tolist(),
-            **self.divergence(model, teacher),
-        }
-
-    def divergence(self, model: PreTrainedModel, teacher: PreTrainedModel) -> dict:
-        """Mean KL(model || teacher) at each position of the model's own sampled rollouts, and how many reach it."""
-        width = self.evaluation.settings.max_tokens
-        sums_K, counts_K = torch.zeros(2, width, dtype=torch.float64)
-        for rollouts in self.evaluation.batches(model, SamplerSettings(), seed=1):
-            sums, counts = divergence_by_position(model, teacher, rollouts, stop_ids=self.evaluation.stop.eos_ids)
-            sums_K[: len(sums)] += sums
-            counts_K[: len(counts)] += counts
-        reached = int((counts_K > 0).sum())
-        return {
-            "reverse_kl_by_position": (sums_K[:reached] / counts_K[:reached]).tolist(),
-            "rollouts_by_position": counts_K[:reached].tolist(),
+            "reverse_kl_by_position": (sum_K / count_K).tolist(),
+            "rollouts_by_position": count_K.tolist(),
         }
 
 
