@@ -23,18 +23,18 @@ EVALUATE_EVERY = 20
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Terms of a task's problems, horizon of ESR, a length that no right reply exceeds, and steps of an arm."""
+    """Terms of a task's problems, horizon of ESR, a length that no right reply exceeds, and the learning rate."""
 
     min_terms: int
     max_terms: int
     horizon: int
     full_length: int
-    steps: int
+    learning_rate: float
 
 
 TASK_SETTINGS = {
-    "rewrite": TaskSettings(min_terms=2, max_terms=7, horizon=18, full_length=64, steps=160),
-    "pointer": TaskSettings(min_terms=9, max_terms=9, horizon=24, full_length=80, steps=240),
+    "rewrite": TaskSettings(min_terms=2, max_terms=7, horizon=18, full_length=64, learning_rate=1e-4),
+    "pointer": TaskSettings(min_terms=9, max_terms=9, horizon=24, full_length=80, learning_rate=2e-4),
 }
 
 
@@ -45,11 +45,6 @@ class Arm:
     title: str
     horizon: int
     prefix_tokens: int | None
-
-
-def steps_of(demo: DemoConfig) -> int:
-    """Optimizer steps of each arm."""
-    return demo.steps or TASK_SETTINGS[demo.task].steps
 
 
 def arms_of(task: str) -> dict[str, Arm]:
@@ -75,7 +70,11 @@ def arm_config(name: str, demo: DemoConfig, output_dir: Path) -> TrainConfig:
         rollout=RolloutConfig(horizon=arm.horizon, batch_size=BATCH_SIZE, sampling_temperature=1.0, top_p=1.0),
         loss=LossConfig(prefix_tokens=arm.prefix_tokens, normalizer="token_mean"),
         optimizer=OptimizerConfig(
-            learning_rate=1e-4, betas=(0.9, 0.98), weight_decay=0.0, schedule="constant", warmup_fraction=0.0
+            learning_rate=settings.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            schedule="constant",
+            warmup_fraction=0.0,
         ),
         evaluation=EvaluationConfig(
             prompts=str(output_dir / "problems.jsonl"),
@@ -86,6 +85,6 @@ def arm_config(name: str, demo: DemoConfig, output_dir: Path) -> TrainConfig:
             limit=CURVE_PROBLEMS,
         ),
         run=RunConfig(
-            output_dir=str(output_dir / name), steps=steps_of(demo), seed=demo.seed, save_every=50, keep_checkpoints=1
+            output_dir=str(output_dir / name), steps=demo.steps, seed=demo.seed, save_every=50, keep_checkpoints=1
         ),
     )

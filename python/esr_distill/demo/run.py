@@ -17,7 +17,7 @@ from esr_distill.checkpoint import find_checkpoints
 from esr_distill.complete_files import write_json, write_text
 from esr_distill.config import DataConfig, EvaluationConfig, TrainConfig
 from esr_distill.config_file import load_saved_config
-from esr_distill.demo.arms import BATCH_SIZE, MODELS, TASK_SETTINGS, arm_config, arms_of, steps_of
+from esr_distill.demo.arms import BATCH_SIZE, MODELS, TASK_SETTINGS, arm_config, arms_of
 from esr_distill.demo.chain_sum import ChainSumProblem, check_no_shared_prompt, correct_steps, make_problems
 from esr_distill.demo.report import print_table, write_picture, write_report
 from esr_distill.demo.settings import DemoConfig
@@ -43,7 +43,7 @@ def run_demo(demo: DemoConfig) -> int:
     teacher, student = (measurement.load(MODELS / demo.task / role) for role in ("teacher", "student"))
     console.print(f"task {demo.task}: {len(problems)} held-out problems of {TASK_SETTINGS[demo.task].max_terms} terms")
     results = {
-        "settings": asdict(demo) | asdict(TASK_SETTINGS[demo.task]) | {"steps": steps_of(demo)},
+        "settings": asdict(demo) | asdict(TASK_SETTINGS[demo.task]),
         "machine": machine_record(),
         "models": {"teacher": measurement.of(teacher, teacher), "student": measurement.of(student, teacher)},
         "arms": {},
@@ -69,7 +69,7 @@ def run_demo(demo: DemoConfig) -> int:
 def write_problems(demo: DemoConfig, output_dir: Path) -> list[ChainSumProblem]:
     """Write training prompts of mixed lengths and held-out problems of the greatest length; returns the latter."""
     settings = TASK_SETTINGS[demo.task]
-    count = steps_of(demo) * BATCH_SIZE
+    count = demo.steps * BATCH_SIZE
     training = make_problems(demo.task, count, demo.seed, settings.min_terms, settings.max_terms, split="training")
     held_out = make_problems(
         demo.task, demo.problems, demo.seed, settings.max_terms, settings.max_terms, split="held_out"

@@ -13,7 +13,7 @@ class DemoConfig:
     Args:
         task: rewrite is the task where a short horizon suffices; pointer is one where it does not.
         output_dir: Folder of results.json, the picture, report.html and the runs; unset means runs/demo or runs/demo-pointer.
-        steps: Optimizer steps of each arm; unset means 160 on the rewrite task, 240 on the pointer task.
+        steps: Optimizer steps of each arm.
         problems: Held-out problems of the final evaluation.
         seed: Seed of prompts and sampling.
         device: Where the models live; auto takes CUDA when there is one.
@@ -21,14 +21,14 @@ class DemoConfig:
 
     task: Literal["rewrite", "pointer"] = "rewrite"
     output_dir: str | None = None
-    steps: int | None = None
+    steps: int = 160
     problems: int = 512
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "problems"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.seed < 0:
             raise InputError(f"seed must be >= 0, got {self.seed}")
