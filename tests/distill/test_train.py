@@ -1,5 +1,6 @@
 """Does a whole run learn, stay inside the horizon, stop cleanly and resume exactly?  pytest tests/distill/test_train.py"""
 
+import inspect
 import os
 import signal
 from dataclasses import replace
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import VOCAB_SIZE, make_model, save_pair, write_prompts
 
 import esr_distill.train as train_module
+import esr_distill.train_step as train_step_module
 from esr_distill.checkpoint import find_checkpoints
 from esr_distill.config import (
     DataConfig,
@@ -237,3 +239,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, con
     with pytest.raises(FloatingPointError, match="step 2: loss nan .* must be finite"):
         train(config, console)
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-000001"]
+
+
+def test_the_training_step_fits_one_screen():
+    source = inspect.getsource(train_step_module)
+    assert len(source.splitlines()) <= 64
