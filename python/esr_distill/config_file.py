@@ -1,6 +1,6 @@
 """A training config from flags and YAML, to YAML, and back from the file that a run left."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
@@ -25,13 +25,20 @@ def train_parser() -> ArgumentParser:
 
 
 def read_config(options: Namespace, parser: ArgumentParser) -> TrainConfig:
-    """Parsed train options as a checked TrainConfig."""
+    """Parsed train options as a checked TrainConfig.
+
+    Raises:
+        InputError: a group that is no group, e.g. `loss:` with nothing below it; a value out of its range.
+    """
+    for name in TrainConfig.__dataclass_fields__:
+        if not isinstance(options[name], Namespace):
+            raise InputError(f"{name} must be a group of options, got {options[name]!r}")
     groups = parser.instantiate(options)
     return TrainConfig(**{name: groups[name] for name in TrainConfig.__dataclass_fields__})
 
 
 def load_saved_config(output_dir: Path) -> TrainConfig:
-    """The config of an earlier run, from the file it left.
+    """The config of an earlier run, from the file it left. Its `run.output_dir` is where the run lies now.
 
     Raises:
         InputError: there is no such file.
@@ -40,7 +47,9 @@ def load_saved_config(output_dir: Path) -> TrainConfig:
     if not path.is_file():
         raise InputError(f"--resume must name the folder of a run, got {str(output_dir)!r}, which has no {CONFIG_FILE}")
     parser = train_parser()
-    return read_config(parser.parse_path(path), parser)
+    config = read_config(parser.parse_path(path), parser)
+    # A run may have been moved or copied, and a relative folder means another one in another working directory.
+    return replace(config, run=replace(config.run, output_dir=str(output_dir)))
 
 
 def save_config(config: TrainConfig, output_dir: Path) -> None:

@@ -78,8 +78,13 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> Tra
     run = prepare_run(config, console, None if checkpoint is None else str(checkpoint))
     metrics = MetricsFile(output_dir / "metrics.jsonl")
     if checkpoint is None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, output_dir)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, output_dir)
+        except OSError as error:
+            raise InputError(
+                f"run.output_dir must be a folder that can be written, got {str(output_dir)!r} ({error.strerror})"
+            ) from None
         metrics.path.unlink(missing_ok=True)
         state = TrainerState(step=0, train_seconds=0.0)
         record_accuracy(run, state, metrics, console)

@@ -1,6 +1,7 @@
 """Does the command take what it should, and refuse the rest with one clear line?  pytest tests/distill/test_command_line.py"""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -76,6 +77,23 @@ def test_resume_takes_no_other_option(folder, capsys):
 def test_resume_of_no_run(folder, capsys):
     assert main(["train", "--resume", str(folder / "nothing")]) == 2
     assert "--resume must name the folder of a run" in capsys.readouterr().err
+
+
+def test_a_copied_run_goes_on_in_its_own_folder(folder, capsys):
+    assert main(train_arguments(folder)) == 0
+    original = {path.name for path in (folder / "run").iterdir()}
+    shutil.copytree(folder / "run", folder / "copy")
+    config = folder / "copy" / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 2", "steps: 3"))
+    assert main(["train", "--resume", str(folder / "copy")]) == 0
+    assert (folder / "copy" / "checkpoint-000003").is_dir()
+    assert {path.name for path in (folder / "run").iterdir()} == original
+
+
+def test_an_output_folder_that_cannot_be_made(folder, capsys):
+    (folder / "taken").write_text("")
+    assert main(train_arguments(folder, run__output_dir=folder / "taken")) == 2
+    assert "run.output_dir must be a folder that can be written" in capsys.readouterr().err
 
 
 def test_ctrl_c_in_the_shell_leaves_a_resumable_run(folder, capsys):

@@ -129,6 +129,15 @@ def test_an_unknown_name_in_the_file_is_refused(tmp_path, capsys):
     assert "horizn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["loss:", "loss: 4"])
+def test_a_group_without_options_is_refused(tmp_path, text):
+    """`loss:` is what is left of a group whose lines were all commented out."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"run:\n  steps: 3\n{text}\n")
+    with pytest.raises(InputError, match="loss must be a group of options, got (None|4)"):
+        parse(["--config", str(file), *REQUIRED])
+
+
 def test_a_saved_config_comes_back_equal(tmp_path):
     config = make_config(
         rollout=RolloutConfig(horizon=33, sampling_temperature=0.3),
