@@ -1,12 +1,14 @@
 """Does the demo leave its table, picture, page and results, and go on after a stop?  pytest tests/distill/test_demo.py"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import esr_distill.demo.run as demo_run
 from esr_distill.command_line import main
+from esr_distill.config_file import save_config
 from esr_distill.demo.arms import TASK_SETTINGS, arm_config, arms_of
 from esr_distill.demo.report import HEADINGS, table_rows
 from esr_distill.demo.settings import DemoConfig
@@ -92,6 +94,18 @@ def test_a_stopped_demo_goes_on_and_a_finished_one_starts_anew(tmp_path, monkeyp
     calls.clear()
     assert main(arguments) == 0
     assert calls == [("full", False), ("esr", False), ("full-loss-masked", False)]
+
+
+def test_another_run_in_the_folder_of_an_arm_is_refused_and_kept(tmp_path, capsys):
+    """`runs` is where `runs/esr`, the default folder of `esr-distill train`, lies."""
+    config = arm_config("esr", DemoConfig(), tmp_path)
+    run = tmp_path / "esr"
+    (run / "checkpoint-000200").mkdir(parents=True)
+    save_config(replace(config, data=replace(config.data, prompts="mine.jsonl")), run)
+    assert main(["demo", "--steps", "1", "--problems", "4", "--device", "cpu", "--output_dir", str(tmp_path)]) == 2
+    assert "output_dir must hold nothing but the demo's own runs under 'esr'" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"esr"}
+    assert (run / "checkpoint-000200").is_dir()
 
 
 @pytest.mark.parametrize("field", ["steps", "problems"])

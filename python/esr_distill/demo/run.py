@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from esr_distill.checkpoint import find_checkpoints
 from esr_distill.complete_files import write_json, write_text
 from esr_distill.config import DataConfig, EvaluationConfig, TrainConfig
-from esr_distill.config_file import load_saved_config
+from esr_distill.config_file import CONFIG_FILE, load_saved_config
 from esr_distill.demo.arms import BATCH_SIZE, MODELS, TASK_SETTINGS, arm_config, arms_of
 from esr_distill.demo.chain_sum import ChainSumProblem, check_no_shared_prompt, correct_steps, make_problems
 from esr_distill.demo.report import print_table, write_picture, write_report
 from esr_distill.demo.settings import DemoConfig
 from esr_distill.evaluate import Evaluation
 from esr_distill.exit_status import INTERRUPTED
+from esr_distill.input_error import InputError
 from esr_distill.machine import machine_record
 from esr_distill.metrics import read_metrics
 from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer
@@ -31,6 +32,7 @@ from esr_distill.prompts import PromptRecord
 from esr_distill.train import train
 
 RESULTS = "results.json"
+PROMPTS = "prompts.jsonl"
 
 
 def run_demo(demo: DemoConfig) -> int:
@@ -38,6 +40,7 @@ def run_demo(demo: DemoConfig) -> int:
     console = make_console()
     output_dir = Path(demo.output_dir or ("runs/demo" if demo.task == "rewrite" else f"runs/demo-{demo.task}"))
     start = time.perf_counter()
+    check_folders(demo, output_dir)
     problems = write_problems(demo, output_dir)
     measurement = Measurement.prepare(demo, problems)
     teacher, student = (measurement.load(MODELS / demo.task / role) for role in ("teacher", "student"))
@@ -66,6 +69,19 @@ def run_demo(demo: DemoConfig) -> int:
     return 0
 
 
+def check_folders(demo: DemoConfig, output_dir: Path) -> None:
+    """Raise InputError where an arm's folder holds something else than a run of the demo: `prepare_folder` deletes it."""
+    for name in arms_of(demo.task):
+        folder = output_dir / name
+        if not folder.is_dir() or not any(folder.iterdir()):
+            continue
+        if (folder / CONFIG_FILE).is_file():
+            prompts = Path(load_saved_config(folder).data.prompts)
+            if prompts.resolve() == (output_dir / PROMPTS).resolve():
+                continue
+        raise InputError(f"output_dir must hold nothing but the demo's own runs under {name!r}, got {str(folder)!r}")
+
+
 def write_problems(demo: DemoConfig, output_dir: Path) -> list[ChainSumProblem]:
     """Write training prompts of mixed lengths and held-out problems of the greatest length; returns the latter."""
     settings = TASK_SETTINGS[demo.task]
@@ -75,7 +91,7 @@ def write_problems(demo: DemoConfig, output_dir: Path) -> list[ChainSumProblem]:
         demo.task, demo.problems, demo.seed, settings.max_terms, settings.max_terms, split="held_out"
     )
     check_no_shared_prompt(training, held_out)
-    for name, problems in (("prompts.jsonl", training), ("problems.jsonl", held_out)):
+    for name, problems in ((PROMPTS, training), ("problems.jsonl", held_out)):
         lines = [json.dumps({"prompt": problem.prompt, "answer": problem.answer}) for problem in problems]
         write_text(output_dir / name, "\n".join(lines) + "\n")
     return held_out
