@@ -104,7 +104,7 @@ def draw_divergence(axes: Axes, results: dict) -> None:
         axes.plot(range(1, len(values) + 1), running_mean(values, 4), color=color, linewidth=1.8, label=name)
     axes.axvline(horizon + 0.5, color="black", linestyle="--", linewidth=1, label=f"horizon, {horizon} tokens")
     axes.set(
-        title="Divergence from the teacher by response position",
+        title="Divergence from the teacher by response position (line: running mean)",
         xlabel=f"response position (tokens; positions that at least {least} rollouts reach)",
         ylabel="mean KL(student || teacher) on own rollouts (nats)",
     )
