@@ -41,7 +41,7 @@ def save_checkpoint(run: TrainingRun, state: TrainerState, output_dir: Path) -> 
             },
             partial / OPTIMIZER_FILE,
         )
-        write_json(partial / STATE_FILE, asdict(state))
+        write_json(partial / STATE_FILE, asdict(state) | {"prompts_sha256": run.prompts.digest})
     for old in find_checkpoints(output_dir)[: -run.config.run.keep_checkpoints]:
         shutil.rmtree(old)
     return final
@@ -67,9 +67,19 @@ def latest_checkpoint(output_dir: Path) -> Path:
 
 
 def load_training_state(run: TrainingRun, checkpoint: Path) -> TrainerState:
-    """Put optimizer, schedule and random state back; the weights were loaded with the model."""
+    """Put optimizer, schedule and random state back; the weights were loaded with the model.
+
+    Raises:
+        InputError: the prompts are not those that the run began with, so it could not go on as it would have.
+    """
+    state = read_json(checkpoint / STATE_FILE)
+    if state.pop("prompts_sha256") != run.prompts.digest:
+        raise InputError(
+            "data.prompts must hold the prompts that the run began with, "
+            f"got {run.config.data.prompts!r}, which gives others"
+        )
     saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location=run.device, weights_only=True)
     run.optimizer.load_state_dict(saved["optimizer"])
     run.scheduler.load_state_dict(saved["scheduler"])
     torch.set_rng_state(saved["torch_random_state"].cpu())
-    return TrainerState(**read_json(checkpoint / STATE_FILE))
+    return TrainerState(**state)

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from esr_distill.config import EvalConfig
 from esr_distill.config_file import load_saved_config, read_config, train_parser
 from esr_distill.demo.settings import DemoConfig
-from esr_distill.exit_status import BAD_INPUT, INTERRUPTED
+from esr_distill.exit_status import BAD_INPUT, INTERRUPTED, NOT_FINITE
 from esr_distill.input_error import InputError
 from esr_distill.real_demo.settings import RealDemoConfig
 
@@ -28,7 +28,7 @@ def settings_parser(settings: type, description: str) -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for bad input, 130 for a run stopped by Ctrl-C."""
+    """Run one command; the exit status is 0 or one of `exit_status.py`."""
     argv = sys.argv[1:] if argv is None else argv
     trainer = train_parser()
     commands = {
@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"esr-distill {command}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except FloatingPointError as error:
+        print(f"esr-distill {command}: {error}", file=sys.stderr)
+        return NOT_FINITE
     except KeyboardInterrupt:
         print(f"esr-distill {command}: stopped; what the last checkpoint holds is kept", file=sys.stderr)
         return INTERRUPTED

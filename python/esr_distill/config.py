@@ -4,6 +4,7 @@ The defaults are those of the paper (arXiv 2605.27028): horizon 100, rollouts at
 over the whole vocabulary, averaged over the positions of a rollout and then over rollouts.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +18,8 @@ DivergenceName = Literal[
 
 
 def _require(condition: bool, option: str, must_be: str, value: object) -> None:
-    if not condition:
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if not (condition and is_finite):
         raise InputError(f"{option} must be {must_be}, got {value!r}")
 
 
@@ -28,7 +30,8 @@ class ModelConfig:
     Args:
         student: Hub id or local folder of the model that is trained.
         teacher: Hub id or local folder of the frozen model that scores; same tokenizer.
-        dtype: Floating-point type of the student's weights.
+        dtype: Floating-point type of the student's weights. Small learning rates are lost in bfloat16 weights; prefer
+            float32 with autocast.
         teacher_dtype: Floating-point type of the teacher's weights.
         autocast: Run the float32 student under bfloat16 autocast.
         attn_implementation: Attention of both models, passed to transformers by name.
@@ -51,6 +54,13 @@ class ModelConfig:
             "model.autocast",
             "false unless model.dtype is float32",
             True,
+        )
+        in_16_bits = (self.autocast or self.dtype == "bfloat16") and self.teacher_dtype == "bfloat16"
+        _require(
+            self.attn_implementation != "flash_attention_2" or in_16_bits,
+            "model.attn_implementation",
+            "sdpa or eager unless both models run in bfloat16 (model.teacher_dtype, and model.dtype or model.autocast)",
+            self.attn_implementation,
         )
 
 
@@ -223,7 +233,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(bool(self.output_dir), "run.output_dir", "a folder", self.output_dir)
         _require(self.steps >= 1, "run.steps", ">= 1", self.steps)
-        _require(self.seed >= 0, "run.seed", ">= 0", self.seed)
+        _require(0 <= self.seed < 2**64, "run.seed", "in [0, 2**64)", self.seed)
         _require(self.save_every >= 1, "run.save_every", ">= 1", self.save_every)
         _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", ">= 1", self.keep_checkpoints)
 

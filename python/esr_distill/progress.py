@@ -1,11 +1,14 @@
 """Live progress of a run: step, loss, and where the time goes."""
 
+import math
+import time
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
 # Without a terminal there is no live bar; a line is printed this often instead.
-STEPS_BETWEEN_LINES = 20
+SECONDS_BETWEEN_LINES = 15
 LINE_WIDTH = 160
 
 
@@ -24,6 +27,7 @@ class TrainingProgress:
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self.console = console
+        self.printed = -math.inf
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -46,7 +50,8 @@ class TrainingProgress:
         """Show one step's metrics."""
         summary = step_summary(record)
         self.bar.update(self.task, completed=record["step"], summary=summary)
-        if not self.console.is_terminal and (record["step"] == 1 or record["step"] % STEPS_BETWEEN_LINES == 0):
+        if not self.console.is_terminal and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
+            self.printed = time.monotonic()
             self.console.print(f"step {record['step']}  {summary}")
 
 

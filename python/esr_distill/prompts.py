@@ -1,6 +1,7 @@
 """From a JSONL file to left-padded batches of prompt ids, in an order that depends only on the seed."""
 
 import gzip
+import hashlib
 import json
 import lzma
 import zlib
@@ -54,6 +55,11 @@ class PromptSet:
     def longest(self) -> int:
         return max(len(ids) for ids in self.token_ids)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the token ids in their order."""
+        return hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest()
+
 
 def read_prompt_file(path: str | Path, option: str) -> list[PromptRecord]:
     """Read a JSONL file. `option` is the name of the option that gave the path, for messages.
@@ -67,7 +73,7 @@ def read_prompt_file(path: str | Path, option: str) -> list[PromptRecord]:
         raise InputError(f"{option} must be a JSONL file, got {str(path)!r}, which {found}")
     records = []
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     records.append(_parse_line(line, f"{option}: {path}, line {number}"))

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import OptimizerConfig, TrainConfig
 from esr_distill.distill_loss import make_divergence
 from esr_distill.evaluate import Evaluation
 from esr_distill.hidden_states import check_output_head
+from esr_distill.learning_rate import learning_rate_factor
 from esr_distill.models import StopIds, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptSet, read_prompt_file, tokenize_prompts
 from esr_kernels import Divergence
@@ -34,7 +35,12 @@ class TrainingRun:
     evaluation: Evaluation | None
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.model.autocast)
+        return student_autocast(self.config, self.device)
+
+
+def student_autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """Where the student runs: under bfloat16 autocast if `model.autocast` asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast)
 
 
 def prepare_run(config: TrainConfig, console: Console, student_source: str | None = None) -> TrainingRun:
@@ -70,9 +76,12 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     teacher.requires_grad_(False)
     preflight.check_vocab_sizes(student, teacher, config)
     preflight.check_token_ids(tokenizer, student, teacher, config)
-    check_output_head(student, "model.student")
+    with student_autocast(config, device):
+        check_output_head(student, "model.student")
     check_output_head(teacher, "model.teacher")
     stop = find_stop_ids(tokenizer, student, teacher, vocab_size=config.loss.vocab_size)
+    # Tools that load a checkpoint must stop where the student has learnt to stop.
+    student.generation_config.eos_token_id = list(stop.eos_ids)
 
     prompts = tokenize_prompts(records, tokenizer, config.data, pad_id=stop.pad_id, device=device)
     limit, source = preflight.prompt_limit(
@@ -108,12 +117,9 @@ def make_optimizer(student: PreTrainedModel, config: OptimizerConfig, steps: int
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay
     )
-    names = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-    scheduler = get_scheduler(
-        names[config.schedule],
-        optimizer,
-        num_warmup_steps=round(config.warmup_fraction * steps),
-        num_training_steps=steps,
+    warmup_steps = round(config.warmup_fraction * steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps, warmup_steps, config.schedule)
     )
     return optimizer, scheduler
 

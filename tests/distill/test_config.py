@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -148,3 +149,25 @@ def test_a_saved_config_comes_back_equal(tmp_path):
     )
     save_config(config, tmp_path)
     assert load_saved_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerConfig(learning_rate=math.inf), r"learning_rate must be > 0, got inf"),
+        (lambda: RolloutConfig(sampling_temperature=math.inf), r"sampling_temperature must be >= 0, got inf"),
+        (lambda: LossConfig(loss_temperature=math.nan), r"loss_temperature must be > 0, got nan"),
+        (lambda: RunConfig(seed=2**64), r"run\.seed must be in \[0, 2\*\*64\)"),
+        (
+            lambda: ModelConfig("s", "t", autocast=True, attn_implementation="flash_attention_2"),
+            r"attn_implementation must be sdpa or eager unless both models run in bfloat16",
+        ),
+    ],
+)
+def test_numbers_that_would_only_fail_later_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_flash_attention_is_accepted_where_both_models_run_in_16_bits():
+    ModelConfig("s", "t", autocast=True, teacher_dtype="bfloat16", attn_implementation="flash_attention_2")

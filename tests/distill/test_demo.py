@@ -65,8 +65,8 @@ def test_picture_page_and_table(finished):
 
 
 def test_held_out_problems_are_of_the_greatest_length_and_not_trained_on(finished):
-    prompts = {json.loads(line)["prompt"] for line in (finished / "prompts.jsonl").read_text().splitlines()}
-    problems = [json.loads(line)["prompt"] for line in (finished / "problems.jsonl").read_text().splitlines()]
+    prompts = {json.loads(line)["prompt"] for line in (finished / "problems/training.jsonl").read_text().splitlines()}
+    problems = [json.loads(line)["prompt"] for line in (finished / "problems/held_out.jsonl").read_text().splitlines()]
     assert len(problems) == 16 and not prompts & set(problems)
     assert all(problem.count("+") + problem.count("-") == 6 for problem in problems)
 

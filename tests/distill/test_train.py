@@ -1,6 +1,7 @@
 """Does a whole run learn, stay inside the horizon, stop cleanly and resume exactly?  pytest tests/distill/test_train.py"""
 
 import inspect
+import json
 import os
 import signal
 from dataclasses import replace
@@ -138,6 +139,25 @@ def test_resuming_forgets_what_was_logged_after_the_checkpoint(tmp_path, console
     assert len(losses(config)) == 6
     train(tiny_config(tmp_path, "whole"), console)
     assert losses(config) == losses(tiny_config(tmp_path, "whole"))
+
+
+def test_resuming_with_other_prompts_is_refused(tmp_path, console):
+    config = tiny_config(tmp_path, run=RunConfig(output_dir=str(tmp_path / "run"), steps=1))
+    train(config, console)
+    write_prompts(tmp_path / "prompts.jsonl", count=21)
+    longer = replace(config, run=replace(config.run, steps=2))
+    with pytest.raises(InputError, match=r"data\.prompts must hold the prompts that the run began with"):
+        train(longer, console, resume=True)
+
+
+def test_a_checkpoint_stops_at_every_id_that_training_took_for_a_stop(tmp_path, console):
+    config = tiny_config(tmp_path, steps=1)
+    teacher = make_model(seed=1)
+    teacher.generation_config.eos_token_id = [5, 2]
+    teacher.save_pretrained(tmp_path / "teacher")
+    result = train(config, console)
+    saved = json.loads((result.checkpoint / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2, 5]
 
 
 def test_a_finished_run_resumed_changes_nothing(tmp_path, console):

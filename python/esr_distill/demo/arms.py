@@ -16,6 +16,7 @@ from esr_distill.config import (
 from esr_distill.demo.settings import DemoConfig
 
 MODELS = Path(__file__).parent / "models"
+TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = "problems/training.jsonl", "problems/held_out.jsonl"
 BATCH_SIZE = 64
 CURVE_PROBLEMS = 128
 EVALUATE_EVERY = 20
@@ -66,7 +67,7 @@ def arm_config(name: str, demo: DemoConfig, output_dir: Path) -> TrainConfig:
         model=ModelConfig(
             student=str(MODELS / demo.task / "student"), teacher=str(MODELS / demo.task / "teacher"), device=demo.device
         ),
-        data=DataConfig(prompts=str(output_dir / "prompts.jsonl"), chat_template=False),
+        data=DataConfig(prompts=str(output_dir / TRAINING_PROBLEMS), chat_template=False),
         rollout=RolloutConfig(horizon=arm.horizon, batch_size=BATCH_SIZE, sampling_temperature=1.0, top_p=1.0),
         loss=LossConfig(prefix_tokens=arm.prefix_tokens, normalizer="token_mean"),
         optimizer=OptimizerConfig(
@@ -77,7 +78,7 @@ def arm_config(name: str, demo: DemoConfig, output_dir: Path) -> TrainConfig:
             warmup_fraction=0.0,
         ),
         evaluation=EvaluationConfig(
-            prompts=str(output_dir / "problems.jsonl"),
+            prompts=str(output_dir / HELD_OUT_PROBLEMS),
             every=EVALUATE_EVERY,
             scorer="number_after_hash",
             max_tokens=settings.full_length,

@@ -17,7 +17,15 @@ from esr_distill.checkpoint import find_checkpoints
 from esr_distill.complete_files import write_json, write_text
 from esr_distill.config import DataConfig, EvaluationConfig, TrainConfig
 from esr_distill.config_file import CONFIG_FILE, load_saved_config
-from esr_distill.demo.arms import BATCH_SIZE, MODELS, TASK_SETTINGS, arm_config, arms_of
+from esr_distill.demo.arms import (
+    BATCH_SIZE,
+    HELD_OUT_PROBLEMS,
+    MODELS,
+    TASK_SETTINGS,
+    TRAINING_PROBLEMS,
+    arm_config,
+    arms_of,
+)
 from esr_distill.demo.chain_sum import ChainSumProblem, check_no_shared_prompt, correct_steps, make_problems
 from esr_distill.demo.report import print_table, write_picture, write_report
 from esr_distill.demo.settings import DemoConfig
@@ -32,7 +40,6 @@ from esr_distill.prompts import PromptRecord
 from esr_distill.train import train
 
 RESULTS = "results.json"
-PROMPTS = "prompts.jsonl"
 
 
 def run_demo(demo: DemoConfig) -> int:
@@ -77,7 +84,7 @@ def check_folders(demo: DemoConfig, output_dir: Path) -> None:
             continue
         if (folder / CONFIG_FILE).is_file():
             prompts = Path(load_saved_config(folder).data.prompts)
-            if prompts.resolve() == (output_dir / PROMPTS).resolve():
+            if prompts.resolve() == (output_dir / TRAINING_PROBLEMS).resolve():
                 continue
         raise InputError(f"output_dir must hold nothing but the demo's own runs under {name!r}, got {str(folder)!r}")
 
@@ -91,7 +98,7 @@ def write_problems(demo: DemoConfig, output_dir: Path) -> list[ChainSumProblem]:
         demo.task, demo.problems, demo.seed, settings.max_terms, settings.max_terms, split="held_out"
     )
     check_no_shared_prompt(training, held_out)
-    for name, problems in ((PROMPTS, training), ("problems.jsonl", held_out)):
+    for name, problems in ((TRAINING_PROBLEMS, training), (HELD_OUT_PROBLEMS, held_out)):
         lines = [json.dumps({"prompt": problem.prompt, "answer": problem.answer}) for problem in problems]
         write_text(output_dir / name, "\n".join(lines) + "\n")
     return held_out

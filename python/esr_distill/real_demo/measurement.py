@@ -7,15 +7,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from esr_distill.config import DataConfig, EvaluationConfig
-from esr_distill.evaluate import Evaluation, divergence_by_position
+from esr_distill.evaluate import Evaluation
 from esr_distill.models import find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptRecord
 from esr_distill.real_demo.gsm8k import Problem
-from esr_distill.sampler_settings import SamplerSettings
 from esr_distill.scorers import last_number, normalize_number, number_after_hash
 
 MAX_REPLY_TOKENS = 160
@@ -86,21 +84,12 @@ class Measurement:
     def divergence(self, model: PreTrainedModel, teacher: PreTrainedModel, console: Console) -> dict:
         """Mean KL(model || teacher) on the model's own rollouts, sampled at temperature 1: by position, in and past
         the horizon. A mean over positions weighs each drawn token alike; it is None where no rollout got that far."""
-        sums_K, counts_K = torch.zeros(2, self.rollouts.settings.max_tokens, dtype=torch.float64)
-        batches = -(-len(self.rollouts.problems.token_ids) // DIVERGENCE_BATCH_SIZE)
-        drawn = self.rollouts.batches(model, SamplerSettings(), seed=1)
-        if console.is_terminal:
-            drawn = track(drawn, "divergence", total=batches, console=console, transient=True)
-        for rollouts in drawn:
-            sums, counts = divergence_by_position(model, teacher, rollouts, stop_ids=self.rollouts.stop.eos_ids)
-            sums_K[: len(sums)] += sums
-            counts_K[: len(counts)] += counts
-        reached = int((counts_K > 0).sum())
+        sum_K, count_K = self.rollouts.own_divergence(model, teacher, console if console.is_terminal else None)
         return {
-            "reverse_kl_inside_horizon": ratio(sums_K[: self.horizon], counts_K[: self.horizon]),
-            "reverse_kl_past_horizon": ratio(sums_K[self.horizon :], counts_K[self.horizon :]),
-            "reverse_kl_by_position": (sums_K[:reached] / counts_K[:reached]).tolist(),
-            "rollouts_by_position": counts_K[:reached].tolist(),
+            "reverse_kl_inside_horizon": ratio(sum_K[: self.horizon], count_K[: self.horizon]),
+            "reverse_kl_past_horizon": ratio(sum_K[self.horizon :], count_K[self.horizon :]),
+            "reverse_kl_by_position": (sum_K / count_K).tolist(),
+            "rollouts_by_position": count_K.tolist(),
         }
 
 

@@ -5,7 +5,6 @@ not repeated when the demo is started again: a stopped distillation goes on from
 starts anew.
 """
 
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from esr_distill.complete_files import read_json, write_json
 from esr_distill.config import DataConfig, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, TrainConfig
 from esr_distill.config_file import load_saved_config
 from esr_distill.exit_status import INTERRUPTED
+from esr_distill.input_error import InputError
 from esr_distill.machine import machine_record
 from esr_distill.metrics import read_metrics
 from esr_distill.models import choose_device
@@ -87,7 +87,7 @@ def run_stages(demo: RealDemoConfig, console: Console) -> int:
     }
 
     console.rule("4/5 distillation")
-    result = train(config, console, resume=prepare_run_folder(config, console))
+    result = train(config, console, resume=prepare_run_folder(config))
     if not result.finished:
         console.print("demo-real goes on from here when it is started again with the same options")
         return INTERRUPTED
@@ -170,16 +170,20 @@ def run_key(config: TrainConfig) -> dict:
     return fields
 
 
-def prepare_run_folder(config: TrainConfig, console: Console) -> bool:
-    """Whether to resume: a run with the same options goes on (or is finished), one with other options starts anew."""
+def prepare_run_folder(config: TrainConfig) -> bool:
+    """Whether to resume: a run with the same options goes on (or is finished).
+
+    Raises:
+        InputError: the folder holds a run with other options, which is not for the demo to delete.
+    """
     folder = Path(config.run.output_dir)
     if not find_checkpoints(folder):
         return False
     if load_saved_config(folder) == config:
         return True
-    console.print(f"{folder} holds a run with other options; it is replaced")
-    shutil.rmtree(folder)
-    return False
+    raise InputError(
+        f"output_dir must hold no run with other options, got {str(folder)!r}; remove it or choose another"
+    )
 
 
 def distillation_record(config: TrainConfig) -> dict:
