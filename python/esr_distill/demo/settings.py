@@ -21,7 +21,7 @@ class DemoConfig:
 
     task: Literal["rewrite", "pointer"] = "rewrite"
     output_dir: str | None = None
-    steps: int = 160
+    steps: int = 140
     problems: int = 512
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
