@@ -130,9 +130,9 @@ def draw_divergence(axes: Axes, results: dict) -> None:
         title="Divergence from the teacher by response position",
         xlabel=f"response position (tokens; positions that at least {ENOUGH_ROLLOUTS} rollouts reach)",
         ylabel="mean KL(student || teacher) on own rollouts (nats)",
-        ylim=(0, None),
+        ylim=(0, 1.4 * max(max(model["reverse_kl_by_position"]) for model in lines.values())),
     )
-    axes.legend(fontsize=9)
+    axes.legend(loc="upper center", ncols=2, fontsize=9)
     axes.grid(alpha=0.3)
 
 
