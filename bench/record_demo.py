@@ -1,4 +1,4 @@
-"""Keep a finished demo: its result file and picture go to bench/results, its table into the README.
+"""Keep a finished demo: its result file goes to bench/results with a picture drawn from it, its table into the README.
 
 make demo && .venv/bin/python bench/record_demo.py runs/demo
 """
@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from esr_distill.demo.report import HEADINGS, caption, table_rows
+from esr_distill.demo.report import HEADINGS, caption, table_rows, write_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = RESULTS / machine_folder(results["machine"])
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run / "results.json", folder / f"{name}.json")
-    shutil.copyfile(run / "demo.png", folder / f"{name}.png")
+    write_picture(results, folder / f"{name}.png")
     readme = ROOT / "README.md"
     block = f"{markdown_table(results)}\n\n![{name}]({(folder / name).relative_to(ROOT).as_posix()}.png)"
     readme.write_text(replace_block(readme.read_text(encoding="utf-8"), name, block), encoding="utf-8")
