@@ -113,16 +113,18 @@ def draw_accuracy(axes: Axes, results: dict) -> None:
         ylabel=f"accuracy on {count} held-out problems (%)",
         ylim=(0, 103),
     )
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="best", fontsize=9)
     axes.grid(alpha=0.3)
 
 
 def draw_divergence(axes: Axes, results: dict) -> None:
     # Linear: a few decisive positions hold nearly all of the divergence, and what matters is whether they fall or rise.
     lines = {"student": {"title": "student before", **results["models"]["student"]}, **results["arms"]}
+    highest = 0.0
     for name, model in lines.items():
         pairs = zip(model["reverse_kl_by_position"], model["rollouts_by_position"], strict=True)
         values = [value for value, count in pairs if count >= ENOUGH_ROLLOUTS]
+        highest = max(highest, *values) if values else highest
         axes.plot(range(len(values)), values, label=model["title"], **STYLES[name])
     horizon = results["settings"]["horizon"]
     axes.axvline(horizon - 0.5, color="black", linestyle="--", linewidth=1, label=f"horizon of ESR: {horizon} tokens")
@@ -130,7 +132,7 @@ def draw_divergence(axes: Axes, results: dict) -> None:
         title="Divergence from the teacher by response position",
         xlabel=f"response position (tokens; positions that at least {ENOUGH_ROLLOUTS} rollouts reach)",
         ylabel="mean KL(student || teacher) on own rollouts (nats)",
-        ylim=(0, 1.4 * max(max(model["reverse_kl_by_position"]) for model in lines.values())),
+        ylim=(0, 1.4 * highest or None),
     )
     axes.legend(loc="upper center", ncols=2, fontsize=9)
     axes.grid(alpha=0.3)
