@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -97,11 +96,17 @@ def test_pinned_digest_is_whole():
     assert fetching.GGUF_SHA256.startswith("b179c952") and fetching.GGUF_SHA256.endswith("8110db53")
 
 
-def test_missing_gguf_is_named_before_any_download(monkeypatch, tmp_path):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda n: None if n == "gguf" else find_spec(n))
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ({"gguf"}, r"got no gguf: pip install \.\[gguf\]"),
+        ({"gguf", "accelerate"}, r"got no gguf and no accelerate: pip install \.\[gguf\]"),
+    ],
+)
+def test_missing_packages_are_named_before_any_download(monkeypatch, tmp_path, missing, message):
+    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None if name in missing else object())
     monkeypatch.setattr(fetching.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
-    with pytest.raises(InputError, match=r"got no gguf: pip install \.\[gguf\]"):
+    with pytest.raises(InputError, match=message):
         fetching.fetch_smollm2(tmp_path, quiet_console())
 
 
