@@ -231,6 +231,13 @@ def test_a_padded_teacher_head_is_cut_and_surplus_ids_are_never_drawn(tmp_path, 
     assert all(int(rollouts.response_ids_B_K.max()) < VOCAB_SIZE for rollouts in seen)
 
 
+@pytest.mark.parametrize("precision", [{"autocast": True}, {"dtype": "bfloat16"}])
+def test_a_run_in_16_bits(tmp_path, console, precision):
+    config = tiny_config(tmp_path, steps=2)
+    train(replace(config, model=replace(config.model, teacher_dtype="bfloat16", **precision)), console)
+    assert all(0 < loss < 100 for loss in losses(config))
+
+
 def test_accuracy_is_recorded_before_during_and_after(tmp_path, console):
     config = tiny_config(tmp_path, steps=5)
     config = replace(
