@@ -15,7 +15,7 @@ help:  ## this list
 	@echo "make <target> [PYTHON=python3.12]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F '|' '{printf "%-16s%s\n", $$1, $$2}'
 
-venv: $(INSTALLED)  ## create .venv with the pinned versions of constraints.txt (about 1 GB)
+venv: $(INSTALLED)  ## create .venv with the pinned versions of constraints.txt (about 2 GB)
 
 demo: $(INSTALLED)  ## distil a small student three ways; table, picture and report under runs/demo
 	$(BIN)/esr-distill demo
@@ -73,7 +73,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
 	  echo "[2/3] torch $(TORCH) of the package index (with its CUDA libraries several GB on Linux)"; \
 	  $(PIP) install --constraint constraints.txt "torch==$(TORCH)"; \
 	fi || { echo "error: torch $(TORCH) could not be installed; see pip's message above" >&2; exit 1; }
-	@echo "[3/3] esr_kernels and its other dependencies (about a minute)"
+	@echo "[3/3] esr_kernels and its other dependencies (Triton is 190 MB; about a minute)"
 	@$(PIP) install -qq --constraint constraints.txt --no-build-isolation --editable '.[test]' || { \
 	  echo "error: the dependencies could not be installed; see pip's message above" >&2; exit 1; }
 	@$(PIP) check
