@@ -21,15 +21,18 @@ Rules that hold for every divergence:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+# Below it the limit of an alpha-divergence is exact to float64, while power * log(b / a) could underflow in float32.
+LIMIT_OF_POWER = 1e-20
+
 
 @dataclass(frozen=True)
 class Divergence:
-    """Base class: a new divergence is a frozen dataclass with `terms`."""
+    """Base class: a new divergence is a frozen dataclass with `terms`, and a device function for `Impl.FUSED`."""
 
     def terms(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         """Terms whose sum over events is the divergence; both arguments and the result have one shape and dtype.
@@ -37,6 +40,15 @@ class Divergence:
         Differentiable in `student_logprobs`; entries may be -inf.
         """
         raise NotImplementedError(f"{type(self).__name__} has no terms")
+
+    def kernel(self) -> tuple[str, float]:
+        """Name of the device function in esr_kernels/divergence_kernel.py, and its parameter: the class's only field."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        if len(values) > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__}: the kernels take one parameter, got {len(values)} fields"
+            )
+        return type(self).__name__, float(values[0]) if values else 0.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,10 @@ class GeneralizedJSD(Divergence):
         from_student = _kl_terms(student_logprobs, mixture)
         return self.beta * from_teacher + (1 - self.beta) * from_student
 
+    def kernel(self) -> tuple[str, float]:
+        ends = {0: ForwardKL(), 1: ReverseKL()}
+        return ends[self.beta].kernel() if self.beta in ends else super().kernel()
+
 
 @dataclass(frozen=True)
 class SkewForwardKL(Divergence):
@@ -113,6 +129,9 @@ class SkewForwardKL(Divergence):
     def terms(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         return _kl_terms(teacher_logprobs, _log_mixture(self.lam, teacher_logprobs, student_logprobs))
 
+    def kernel(self) -> tuple[str, float]:
+        return super().kernel() if self.lam else ForwardKL().kernel()
+
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
@@ -132,6 +151,9 @@ class SkewReverseKL(Divergence):
 
     def terms(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         return _kl_terms(student_logprobs, _log_mixture(self.lam, student_logprobs, teacher_logprobs))
+
+    def kernel(self) -> tuple[str, float]:
+        return super().kernel() if self.lam else ReverseKL().kernel()
 
 
 @dataclass(frozen=True)
@@ -172,6 +194,13 @@ class AlphaDivergence(Divergence):
             return _alpha_terms(teacher_logprobs, student_logprobs, 1 - self.alpha)
         return _alpha_terms(student_logprobs, teacher_logprobs, self.alpha)
 
+    def kernel(self) -> tuple[str, float]:
+        if abs(self.alpha) < LIMIT_OF_POWER:
+            return ReverseKL().kernel()
+        if abs(1 - self.alpha) < LIMIT_OF_POWER:
+            return ForwardKL().kernel()
+        return "AlphaDivergence>=0.5" if self.alpha >= 0.5 else "AlphaDivergence<0.5", float(self.alpha)
+
 
 def check_divergence(op: str, divergence: object) -> None:
     """Check that the argument `divergence` of an op is a value of this family.
@@ -210,8 +239,7 @@ def _log_mixture(weight: float, logprobs_a: Tensor, logprobs_b: Tensor) -> Tenso
 
 def _alpha_terms(logprobs_a: Tensor, logprobs_b: Tensor, power: float) -> Tensor:
     """Terms a ((b / a)^power - 1) / (power (power - 1)) for power <= 0.5; the limit a log(a / b) for power -> 0."""
-    # At |power| < 1e-20 the limit is exact to float64, while power * log(b / a) could underflow in float32.
-    if abs(power) < 1e-20:
+    if abs(power) < LIMIT_OF_POWER:
         return _kl_terms(logprobs_a, logprobs_b)
     a_zero = logprobs_a == -math.inf
     b_zero = (logprobs_b == -math.inf) & ~a_zero

@@ -77,9 +77,20 @@ def test_wrong_arguments_raise(changed, error, message):
         token_divergence(**{**GOOD, **changed})
 
 
-def test_fused_is_the_default_and_says_how_to_get_the_reference():
-    with pytest.raises(NotImplementedError, match=r"token_divergence: .* not built yet .* impl=Impl\.REFERENCE"):
+def test_fused_is_the_default_and_says_how_to_get_the_reference(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        NotImplementedError, match=r"token_divergence: .* needs tensors on a CUDA device, got cpu.*impl=Impl\.REFERENCE"
+    ):
         token_divergence(GOOD["student_logits_N_V"], GOOD["teacher_logits_N_V"], ReverseKL())
+
+
+def test_fused_refuses_float64():
+    doubles = {name: GOOD[name].double() for name in ("student_logits_N_V", "teacher_logits_N_V")}
+    with pytest.raises(
+        TypeError, match=r"token_divergence: student_logits_N_V must have dtype .* got float64; .*REFERENCE"
+    ):
+        token_divergence(**doubles)
 
 
 def test_arguments_are_checked_before_the_implementation():

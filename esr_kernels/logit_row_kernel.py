@@ -1,0 +1,64 @@
+"""Reading a row of logits, tile by tile: any storage, the head's bias, scale and soft cap, the temperature, stop ids."""
+
+import triton
+import triton.language as tl
+
+from esr_kernels.elementary_kernel import tanh
+from esr_kernels.online_logsumexp import finite_max
+
+TILE_COLUMNS: tl.constexpr = tl.constexpr(128)
+
+
+@triton.jit
+def tile_columns(start, BLOCK_VOCAB: tl.constexpr):
+    """Column indices (BLOCK_VOCAB // 128, 128) of a tile and, for each of its rows, the index of its 128 columns."""
+    tile_index = start // TILE_COLUMNS + tl.arange(0, BLOCK_VOCAB // TILE_COLUMNS)[:, None]
+    return tile_index * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :], tile_index
+
+
+@triton.jit
+def load_logits(
+    row_ptr, tile_max_ptr, bias_ptr, column_stride, slope, softcap, vocab_size, columns, tile_index, is_wanted
+):
+    """Tempered logits in float32, -inf where not wanted.
+
+    Stored relative to a tile maximum (tile_max_ptr is given) they are complete; else the head is applied here:
+    softcap * tanh((x + bias) * slope / softcap), without soft cap (x + bias) * slope. `slope` is logit_scale / temperature
+    and `softcap` the head's soft cap / temperature.
+    """
+    logits = tl.load(row_ptr + columns.to(tl.int64) * column_stride, mask=is_wanted, other=float("-inf")).to(tl.float32)
+    if tile_max_ptr is not None:
+        logits += tl.load(tile_max_ptr + tile_index, mask=tile_index * TILE_COLUMNS < vocab_size, other=0.0)
+    else:
+        if bias_ptr is not None:
+            logits += tl.load(bias_ptr + columns, mask=is_wanted, other=0.0).to(tl.float32)
+        if softcap is None:
+            logits *= slope
+        else:
+            logits = softcap * tanh(logits * (slope / softcap))
+    return tl.where(is_wanted, logits, float("-inf"))
+
+
+@triton.jit
+def head_slope(logits, slope, softcap):
+    """d(tempered logits) / d(hidden @ weight.T + bias)."""
+    if softcap is None:
+        return slope
+    else:
+        saturation = logits / softcap
+        return slope * (1.0 - saturation * saturation)
+
+
+@triton.jit
+def is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS: tl.constexpr):
+    is_stop = columns < 0
+    for index in tl.static_range(NUM_STOP_IDS):
+        is_stop = is_stop | (columns == tl.load(stop_ids_ptr + index))
+    return is_stop
+
+
+@triton.jit
+def logsumexp(logits):
+    """log(sum(exp(logits))) of a vector, -inf where all are."""
+    largest = tl.max(logits)
+    return largest + tl.log(tl.sum(tl.exp(logits - finite_max(largest))))

@@ -1,0 +1,328 @@
+"""One program per row: divergence and statistics in an online sweep, the gradient, if wanted, in a second or third one.
+
+Sweep 1 reads both rows once and keeps, relative to the running maxima, sum(e), sum(e * logit) and, for the two KLs, the
+cross sum that gives their value. The other divergences need the normalised log-probabilities: sweep 2 reads the rows again.
+The gradient sweep reads them once more and may write over the student's logits.
+
+Bytes per logit: 1 read of each row for the KLs, 2 otherwise; with gradient one more read and a write. The later reads hit
+the L2 cache as far as the rows in flight fit there. About 30 FLOP per logit: memory-bound. Memory: 13 numbers per row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from esr_kernels.divergence_kernel import DIVERGENCE_KERNELS
+from esr_kernels.logit_row_kernel import is_stop_column, load_logits, logsumexp, tile_columns
+from esr_kernels.online_logsumexp import finite_max, log_ratio_of, max_shift, times_exp, update_top1
+from esr_kernels.tile_config import TileConfig, choose_tile_config
+from esr_kernels.token_divergence.gradient_kernel import write_gradient_row, write_zero_row
+from esr_kernels.token_divergence.row_tensors import LogitRows, RowOutputs, RowState
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def divergence_row_kernel(
+    student_ptr, student_tile_max_ptr, student_bias_ptr, teacher_ptr, teacher_tile_max_ptr, teacher_bias_ptr,
+    token_ids_ptr, stop_ids_ptr,
+    divergence_ptr, student_entropy_ptr, teacher_entropy_ptr, student_logprob_ptr, teacher_logprob_ptr,
+    top1_agreement_ptr, row_sums_ptr, student_top1_ptr, gradient_ptr, gradient_unit_ptr,
+    num_rows, vocab_size,
+    student_row_stride, student_column_stride, student_tile_max_stride,
+    teacher_row_stride, teacher_column_stride, teacher_tile_max_stride, gradient_row_stride,
+    student_slope, student_softcap, teacher_slope, teacher_softcap, parameter, complement, gradient_bound_slope,
+    DIVERGENCE: tl.constexpr, KL_DIRECTION: tl.constexpr, NUM_STOP_IDS: tl.constexpr, BLOCK_STOPS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student_row_ptr = student_ptr + row * student_row_stride
+    teacher_row_ptr = teacher_ptr + row * teacher_row_stride
+    if student_tile_max_ptr is not None:
+        student_tile_max_ptr += row * student_tile_max_stride
+    if teacher_tile_max_ptr is not None:
+        teacher_tile_max_ptr += row * teacher_tile_max_stride
+
+    # The stop event stands for its ids: in the sweeps those are -inf, and the event itself is added afterwards.
+    student_max = float("-inf")
+    teacher_max = float("-inf")
+    student_top1 = 2147483647
+    teacher_top1 = 2147483647
+    if NUM_STOP_IDS > 0:
+        stop_slots = tl.arange(0, BLOCK_STOPS)
+        stop_ids = tl.load(stop_ids_ptr + stop_slots, mask=stop_slots < NUM_STOP_IDS, other=0)
+        student_event = logsumexp(load_logits(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
+            student_softcap, vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
+        ))  # fmt: skip
+        teacher_event = logsumexp(load_logits(
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
+            teacher_softcap, vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
+        ))  # fmt: skip
+        student_max = student_event
+        teacher_max = teacher_event
+        student_top1 = tl.load(stop_ids_ptr)
+        teacher_top1 = student_top1
+
+    # Sweep 1, with e = exp(logit - running maximum): sum e, sum e * (logit - maximum), for a KL sum e * (their difference)
+    zeros = tl.zeros((BLOCK_VOCAB // 128, 128), dtype=tl.float32)
+    student_sum = zeros
+    student_weighted = zeros
+    teacher_sum = zeros
+    teacher_weighted = zeros
+    cross = zeros
+    is_infinite = zeros
+    for start in range(0, vocab_size, BLOCK_VOCAB):
+        columns, tile_index = tile_columns(start, BLOCK_VOCAB)
+        is_wanted = (columns < vocab_size) & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
+        student_logits = load_logits(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
+            student_softcap, vocab_size, columns, tile_index, is_wanted,
+        )  # fmt: skip
+        teacher_logits = load_logits(
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
+            teacher_softcap, vocab_size, columns, tile_index, is_wanted,
+        )  # fmt: skip
+
+        student_tile_max = tl.max(student_logits)
+        teacher_tile_max = tl.max(teacher_logits)
+        student_top1 = update_top1(student_top1, student_max, student_tile_max, student_logits, columns)
+        teacher_top1 = update_top1(teacher_top1, teacher_max, teacher_tile_max, teacher_logits, columns)
+        student_new_max = tl.maximum(student_max, student_tile_max)
+        teacher_new_max = tl.maximum(teacher_max, teacher_tile_max)
+        student_shift = max_shift(student_max, student_new_max)
+        teacher_shift = max_shift(teacher_max, teacher_new_max)
+        student_rescale = tl.exp(student_shift)
+        teacher_rescale = tl.exp(teacher_shift)
+
+        student_shifted = student_logits - finite_max(student_new_max)
+        teacher_shifted = teacher_logits - finite_max(teacher_new_max)
+        student_exp = tl.exp(student_shifted)
+        teacher_exp = tl.exp(teacher_shifted)
+        if KL_DIRECTION == "reverse":
+            cross = (cross + student_sum * (student_shift - teacher_shift)) * student_rescale
+            is_one_sided = teacher_logits == float("-inf")
+            cross += tl.where(
+                (student_logits == float("-inf")) | is_one_sided, 0.0, student_exp * (student_shifted - teacher_shifted)
+            )
+            is_infinite += tl.where(is_one_sided & (student_logits > float("-inf")), 1.0, 0.0)
+        if KL_DIRECTION == "forward":
+            cross = (cross + teacher_sum * (teacher_shift - student_shift)) * teacher_rescale
+            is_one_sided = student_logits == float("-inf")
+            cross += tl.where(
+                (teacher_logits == float("-inf")) | is_one_sided, 0.0, teacher_exp * (teacher_shifted - student_shifted)
+            )
+            is_infinite += tl.where(is_one_sided & (teacher_logits > float("-inf")), 1.0, 0.0)
+        student_weighted = (student_weighted + student_sum * student_shift) * student_rescale
+        student_weighted += times_exp(student_exp, student_shifted)
+        student_sum = student_sum * student_rescale + student_exp
+        teacher_weighted = (teacher_weighted + teacher_sum * teacher_shift) * teacher_rescale
+        teacher_weighted += times_exp(teacher_exp, teacher_shifted)
+        teacher_sum = teacher_sum * teacher_rescale + teacher_exp
+        student_max = student_new_max
+        teacher_max = teacher_new_max
+
+    student_sum = tl.sum(student_sum)
+    student_weighted = tl.sum(student_weighted)
+    teacher_sum = tl.sum(teacher_sum)
+    teacher_weighted = tl.sum(teacher_weighted)
+    cross = tl.sum(cross)
+    is_infinite = tl.sum(is_infinite)
+    if NUM_STOP_IDS > 0:
+        student_event_shifted = student_event - finite_max(student_max)
+        teacher_event_shifted = teacher_event - finite_max(teacher_max)
+        student_exp = tl.exp(student_event_shifted)
+        teacher_exp = tl.exp(teacher_event_shifted)
+        student_sum += student_exp
+        teacher_sum += teacher_exp
+        student_weighted += times_exp(student_exp, student_event_shifted)
+        teacher_weighted += times_exp(teacher_exp, teacher_event_shifted)
+        has_both = (student_event > float("-inf")) & (teacher_event > float("-inf"))
+        if KL_DIRECTION == "reverse":
+            cross += tl.where(has_both, student_exp * (student_event_shifted - teacher_event_shifted), 0.0)
+            is_infinite += tl.where((student_event > float("-inf")) & (teacher_event == float("-inf")), 1.0, 0.0)
+        if KL_DIRECTION == "forward":
+            cross += tl.where(has_both, teacher_exp * (teacher_event_shifted - student_event_shifted), 0.0)
+            is_infinite += tl.where((teacher_event > float("-inf")) & (student_event == float("-inf")), 1.0, 0.0)
+
+    is_masked = (student_sum == 0) | (teacher_sum == 0)
+    student_log_sum = tl.log(student_sum)
+    teacher_log_sum = tl.log(teacher_sum)
+    log_sum_ratio = tl.log(student_sum / teacher_sum)
+
+    # divergence and total_cost = sum(weighted_cost)
+    if KL_DIRECTION == "reverse":
+        divergence = cross / student_sum - log_sum_ratio
+        divergence = tl.where(is_infinite > 0, divergence + float("inf"), divergence)
+        total_cost = divergence
+    elif KL_DIRECTION == "forward":
+        divergence = cross / teacher_sum + log_sum_ratio
+        divergence = tl.where(is_infinite > 0, divergence + float("inf"), divergence)
+        total_cost = -1.0
+    else:
+        terms = zeros
+        costs = zeros
+        for start in range(0, vocab_size, BLOCK_VOCAB):
+            columns, tile_index = tile_columns(start, BLOCK_VOCAB)
+            is_wanted = (columns < vocab_size) & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
+            student_shifted = load_logits(
+                student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
+                student_softcap, vocab_size, columns, tile_index, is_wanted,
+            ) - finite_max(student_max)  # fmt: skip
+            teacher_shifted = load_logits(
+                teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
+                teacher_softcap, vocab_size, columns, tile_index, is_wanted,
+            ) - finite_max(teacher_max)  # fmt: skip
+            log_ratio = log_ratio_of(student_shifted, teacher_shifted, log_sum_ratio)
+            term, weighted_cost = DIVERGENCE(
+                student_shifted - student_log_sum, teacher_shifted - teacher_log_sum, log_ratio, parameter, complement
+            )
+            terms += term
+            costs += weighted_cost
+        divergence = tl.sum(terms)
+        total_cost = tl.sum(costs)
+        if NUM_STOP_IDS > 0:
+            log_ratio = log_ratio_of(student_event_shifted, teacher_event_shifted, log_sum_ratio)
+            term, weighted_cost = DIVERGENCE(
+                student_event_shifted - student_log_sum, teacher_event_shifted - teacher_log_sum, log_ratio,
+                parameter, complement,
+            )  # fmt: skip
+            divergence += term
+            total_cost += weighted_cost
+    divergence = tl.where(is_masked, 0.0, divergence)
+    is_nan = divergence != divergence
+
+    # Statistics
+    agreement = tl.where(student_top1 == teacher_top1, 1.0, 0.0)
+    agreement = tl.where(is_nan, divergence, agreement)
+    student_entropy = student_log_sum - student_weighted / student_sum
+    teacher_entropy = teacher_log_sum - teacher_weighted / teacher_sum
+    tl.store(divergence_ptr + row, divergence)
+    tl.store(top1_agreement_ptr + row, tl.where(is_masked, 0.0, agreement))
+    tl.store(student_entropy_ptr + row, tl.where(is_masked, 0.0, student_entropy))
+    tl.store(teacher_entropy_ptr + row, tl.where(is_masked, 0.0, teacher_entropy))
+
+    student_logprob = float("nan")
+    teacher_logprob = float("nan")
+    if token_ids_ptr is not None:
+        token = tl.load(token_ids_ptr + row)
+        is_known = (token >= 0) & (token < vocab_size)
+        token = tl.where(is_known, token, 0).to(tl.int32)
+        student_logprob = load_logits(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
+            student_softcap, vocab_size, token, token // 128, is_known,
+        )  # fmt: skip
+        teacher_logprob = load_logits(
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
+            teacher_softcap, vocab_size, token, token // 128, is_known,
+        )  # fmt: skip
+        if NUM_STOP_IDS > 0:
+            is_stop = is_stop_column(token, stop_ids_ptr, NUM_STOP_IDS)
+            student_logprob = tl.where(is_stop, student_event, student_logprob)
+            teacher_logprob = tl.where(is_stop, teacher_event, teacher_logprob)
+        student_logprob = student_logprob - finite_max(student_max) - student_log_sum
+        teacher_logprob = teacher_logprob - finite_max(teacher_max) - teacher_log_sum
+        student_logprob = tl.where(is_masked, float("-inf"), student_logprob)
+        teacher_logprob = tl.where(is_masked, float("-inf"), teacher_logprob)
+        student_logprob = tl.where(is_known, student_logprob, float("nan"))
+        teacher_logprob = tl.where(is_known, teacher_logprob, float("nan"))
+    tl.store(student_logprob_ptr + row, student_logprob)
+    tl.store(teacher_logprob_ptr + row, teacher_logprob)
+
+    # What the gradient needs; a row whose gradient is 0 by definition has a student_sum of 0.
+    has_no_gradient = is_masked | (divergence == float("inf"))
+    if row_sums_ptr is not None:
+        tl.store(row_sums_ptr + row, student_max)
+        tl.store(row_sums_ptr + num_rows + row, tl.where(has_no_gradient, 0.0, student_sum))
+        tl.store(row_sums_ptr + 2 * num_rows + row, teacher_max)
+        tl.store(row_sums_ptr + 3 * num_rows + row, teacher_sum)
+        tl.store(row_sums_ptr + 4 * num_rows + row, total_cost)
+        tl.store(student_top1_ptr + row, student_top1)
+
+    if gradient_ptr is not None:
+        gradient_row_ptr = gradient_ptr + row * gradient_row_stride
+        factor = 1.0
+        if gradient_ptr.dtype.element_ty == tl.float16:
+            # |d(logits)| <= bound, which becomes at most 2^15
+            bound = (3.0 + gradient_bound_slope * tl.where(has_no_gradient, 0.0, divergence)) * student_slope
+            factor = tl.exp2(15.0 - tl.ceil(tl.log2(bound)))
+        # NaN in the unit, not in the row, so that a row with upstream gradient 0 does not poison a sum over rows.
+        if has_no_gradient | is_nan:
+            write_zero_row(gradient_row_ptr, vocab_size, BLOCK_VOCAB)
+        else:
+            write_gradient_row(
+                gradient_row_ptr, student_row_ptr, student_tile_max_ptr, student_bias_ptr,
+                teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, stop_ids_ptr,
+                vocab_size, student_column_stride, teacher_column_stride,
+                student_slope, student_softcap, teacher_slope, teacher_softcap,
+                student_max, student_sum, teacher_max, teacher_sum, student_top1, total_cost, factor,
+                parameter, complement, DIVERGENCE, NUM_STOP_IDS, BLOCK_STOPS, BLOCK_VOCAB,
+            )  # fmt: skip
+        tl.store(gradient_unit_ptr + row, tl.where(is_nan, divergence, 1.0 / factor))
+
+
+def launch_divergence_rows(
+    student: LogitRows,
+    teacher: LogitRows,
+    divergence: tuple[str, float],
+    token_ids_N: Tensor | None,
+    stop_ids: Tensor | None,
+    vocab_size: int,
+    outputs: RowOutputs,
+    *,
+    state: RowState | None = None,
+    gradient_N_V: Tensor | None = None,
+    gradient_unit_N: Tensor | None = None,
+    tile: TileConfig | None = None,
+) -> None:
+    """Fill `outputs` and, where given, what the gradient needs (`state`) or the gradient itself.
+
+    Args:
+        student, teacher: N rows of logits each, with what the head still has to do to them.
+        divergence: `Divergence.kernel()`.
+        token_ids_N: (N,) or None.
+        stop_ids: (M,) int32 on the device, sorted, M >= 2; or None.
+        gradient_N_V: (N, >= V), last axis contiguous, float32 or float16; may be the memory of the student's logits.
+            Row n holds the gradient of `divergence_N[n]` divided by `gradient_unit_N[n]`: a power of two for float16, 1 for
+            float32, NaN (and the row 0) where the divergence is NaN. Columns from V on are not written.
+    """
+    num_rows = outputs.divergence_N.shape[0]
+    if num_rows == 0:
+        return
+    name, parameter = divergence
+    function, direction = DIVERGENCE_KERNELS[name]
+    num_stop_ids = 0 if stop_ids is None else stop_ids.shape[0]
+    tile = tile or choose_tile_config(vocab_size)
+    with torch.accelerator.device_index(outputs.divergence_N.device.index):
+        divergence_row_kernel[(num_rows,)](
+            student.logits,
+            student.tile_max,
+            student.bias,
+            teacher.logits,
+            teacher.tile_max,
+            teacher.bias,
+            token_ids_N,
+            stop_ids,
+            *outputs,
+            None if state is None else state.sums_5_N,
+            None if state is None else state.student_top1_N,
+            gradient_N_V,
+            gradient_unit_N,
+            num_rows,
+            vocab_size,
+            *student.strides(),
+            *teacher.strides(),
+            0 if gradient_N_V is None else gradient_N_V.stride(0),
+            student.slope,
+            student.softcap,
+            teacher.slope,
+            teacher.softcap,
+            parameter,
+            1.0 - parameter,
+            gradient_bound_slope=2.0 * (1.0 + abs(parameter)),
+            DIVERGENCE=function,
+            KL_DIRECTION=direction,
+            NUM_STOP_IDS=num_stop_ids,
+            BLOCK_STOPS=triton.next_power_of_2(max(1, num_stop_ids)),
+            BLOCK_VOCAB=tile.block_vocab,
+            num_warps=tile.num_warps,
+        )

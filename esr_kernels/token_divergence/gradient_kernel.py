@@ -1,0 +1,119 @@
+"""The gradient sweep over one row, used where the gradient is made with the value and where it is made from saved sums."""
+
+import triton
+import triton.language as tl
+
+from esr_kernels.logit_row_kernel import head_slope, is_stop_column, load_logits, logsumexp, tile_columns
+from esr_kernels.online_logsumexp import finite_max, log_ratio_of
+
+
+@triton.jit
+def event_gradient(
+    student_logits, teacher_logits, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
+    total_cost, parameter, complement, DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """dD/d(tempered logit) of events: weighted_cost - p * sum(weighted_cost)."""
+    student_shifted = student_logits - finite_max(student_max)
+    teacher_shifted = teacher_logits - finite_max(teacher_max)
+    log_ratio = log_ratio_of(student_shifted, teacher_shifted, log_sum_ratio)
+    student_logprob = student_shifted - student_log_sum
+    term, weighted_cost = DIVERGENCE(
+        student_logprob, teacher_shifted - teacher_log_sum, log_ratio, parameter, complement
+    )
+    return weighted_cost - tl.exp(student_logprob) * total_cost
+
+
+@triton.jit
+def write_gradient_row(
+    gradient_row_ptr, student_row_ptr, student_tile_max_ptr, student_bias_ptr,
+    teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, stop_ids_ptr,
+    vocab_size, student_column_stride, teacher_column_stride,
+    student_slope, student_softcap, teacher_slope, teacher_softcap,
+    student_max, student_sum, teacher_max, teacher_sum, student_top1, total_cost, factor,
+    parameter, complement,
+    DIVERGENCE: tl.constexpr, NUM_STOP_IDS: tl.constexpr, BLOCK_STOPS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+):  # fmt: skip
+    """Write factor * dD/d(student head's output) for one row.
+
+    The gradient may overwrite the student's logits, also in half their width: a tile is read whole before any of it is
+    written, and later tiles lie above what has been written.
+
+    The gradient sums to 0 over the events, so the student's top-1 event gets minus the sum of the others. For a student
+    that is nearly certain this is far more exact than p - q of two numbers near 1.
+    """
+    student_log_sum = tl.log(student_sum)
+    teacher_log_sum = tl.log(teacher_sum)
+    log_sum_ratio = tl.log(student_sum / teacher_sum)
+
+    if NUM_STOP_IDS > 0:
+        # Before the sweep, which may overwrite them.
+        stop_slots = tl.arange(0, BLOCK_STOPS)
+        stop_ids = tl.load(stop_ids_ptr + stop_slots, mask=stop_slots < NUM_STOP_IDS, other=0)
+        student_stop_logits = load_logits(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
+            student_softcap, vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
+        )  # fmt: skip
+        teacher_stop_logits = load_logits(
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
+            teacher_softcap, vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
+        )  # fmt: skip
+
+    sum_of_others = tl.zeros((BLOCK_VOCAB // 128, 128), dtype=tl.float32)
+    for start in range(0, vocab_size, BLOCK_VOCAB):
+        columns, tile_index = tile_columns(start, BLOCK_VOCAB)
+        is_inside = columns < vocab_size
+        is_wanted = is_inside & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
+        student_logits = load_logits(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
+            student_softcap, vocab_size, columns, tile_index, is_wanted,
+        )  # fmt: skip
+        teacher_logits = load_logits(
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
+            teacher_softcap, vocab_size, columns, tile_index, is_wanted,
+        )  # fmt: skip
+        gradient = event_gradient(
+            student_logits, teacher_logits, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
+            total_cost, parameter, complement, DIVERGENCE,
+        )  # fmt: skip
+        is_other = is_wanted & (columns != student_top1)
+        sum_of_others += tl.where(is_other, gradient, 0.0)
+        gradient = gradient * head_slope(student_logits, student_slope, student_softcap) * factor
+        tl.debug_barrier()
+        tl.store(gradient_row_ptr + columns, gradient.to(gradient_row_ptr.dtype.element_ty), mask=is_other)
+
+    top1_gradient = -tl.sum(sum_of_others)
+    if NUM_STOP_IDS > 0:
+        student_event = logsumexp(student_stop_logits)
+        teacher_event = logsumexp(teacher_stop_logits)
+        event = event_gradient(
+            student_event, teacher_event, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
+            total_cost, parameter, complement, DIVERGENCE,
+        )  # fmt: skip
+        is_event_top1 = student_top1 == tl.load(stop_ids_ptr)
+        event = tl.where(is_event_top1, top1_gradient, event)
+        top1_gradient -= event
+        # The event's gradient reaches its ids in proportion to their probabilities.
+        share = tl.where(student_stop_logits == float("-inf"), 0.0, tl.exp(student_stop_logits - student_event))
+        gradient = event * share * head_slope(student_stop_logits, student_slope, student_softcap) * factor
+        tl.store(
+            gradient_row_ptr + stop_ids,
+            gradient.to(gradient_row_ptr.dtype.element_ty),
+            mask=stop_slots < NUM_STOP_IDS,
+        )
+        has_top1_column = ~is_event_top1
+    else:
+        has_top1_column = student_top1 >= 0
+    top1_gradient = top1_gradient * head_slope(student_max, student_slope, student_softcap) * factor
+    tl.store(
+        gradient_row_ptr + student_top1,
+        top1_gradient.to(gradient_row_ptr.dtype.element_ty),
+        mask=has_top1_column & (student_top1 < vocab_size),
+    )
+
+
+@triton.jit
+def write_zero_row(gradient_row_ptr, vocab_size, BLOCK_VOCAB: tl.constexpr):
+    for start in range(0, vocab_size, BLOCK_VOCAB):
+        columns, tile_index = tile_columns(start, BLOCK_VOCAB)
+        zeros = tl.zeros(columns.shape, dtype=gradient_row_ptr.dtype.element_ty)
+        tl.store(gradient_row_ptr + columns, zeros, mask=columns < vocab_size)
