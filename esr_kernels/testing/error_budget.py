@@ -6,8 +6,9 @@ on the maximum and on the mean over the tensor, because either alone can hide a 
 the mean, and a small bias of all elements does not move the maximum. PyTorch at the same dtype is the op's reference
 (float32 arithmetic, results rounded to their dtype); the bounds are those of `esr_kernels.testing.oracle`.
 
-16-bit gradients have a second bar, in norm: 2e-3. Rounding a gradient to bfloat16 costs 1.3e-3 to 2e-3 of its norm and
-nothing else may add to that; 16-bit logits alone cost ten to a thousand times as much.
+16-bit gradients have a second bar, in norm: 2e-3. Rounding a gradient to bfloat16 costs 1.3e-3 to 1.9e-3 of its norm and
+next to nothing may add to that; 16-bit logits alone cost ten to a thousand times as much. Where a few elements hold the
+norm, their rounding alone may cost more than 2e-3; the bar is then 1.05 times what it costs PyTorch.
 """
 
 import math
@@ -15,10 +16,46 @@ import math
 import torch
 from torch import Tensor
 
-from esr_kernels.testing.oracle import Oracle, Results
+from esr_kernels.divergence import Divergence
+from esr_kernels.impl import Impl
+from esr_kernels.testing.inputs import LinearInputs, LogitPair
+from esr_kernels.testing.oracle import (
+    Oracle,
+    Results,
+    evaluate_linear_divergence,
+    evaluate_token_divergence,
+    linear_divergence_oracle,
+    token_divergence_oracle,
+)
 
 # ||actual - oracle|| / ||oracle|| of a float16 or bfloat16 gradient.
 NORM_ERROR_16_BIT = 2e-3
+
+
+def check_token_divergence(inputs: LogitPair, divergence: Divergence, upstream_N: Tensor, **options) -> Results:
+    """Run FUSED, PyTorch and the oracle on `inputs`; check every result and return those of FUSED.
+
+    Raises:
+        AssertionError: as `check_results`.
+    """
+    actual = evaluate_token_divergence(inputs, divergence, upstream_N, impl=Impl.FUSED, **options)
+    same_dtype = evaluate_token_divergence(inputs, divergence, upstream_N, impl=Impl.REFERENCE, **options)
+    oracle = token_divergence_oracle(inputs, divergence, upstream_N, **options)
+    check_results(actual, oracle=oracle, same_dtype=same_dtype)
+    return actual
+
+
+def check_linear_divergence(inputs: LinearInputs, divergence: Divergence, upstream_N: Tensor, **options) -> Results:
+    """The same for `linear_divergence`; `trained` among the options names the student's tensors that get a gradient.
+
+    Raises:
+        AssertionError: as `check_results`.
+    """
+    actual = evaluate_linear_divergence(inputs, divergence, upstream_N, impl=Impl.FUSED, **options)
+    same_dtype = evaluate_linear_divergence(inputs, divergence, upstream_N, impl=Impl.REFERENCE, **options)
+    oracle = linear_divergence_oracle(inputs, divergence, upstream_N, **options)
+    check_results(actual, oracle=oracle, same_dtype=same_dtype)
+    return actual
 
 
 def check_results(actual: Results, *, oracle: Oracle, same_dtype: Results) -> None:
@@ -33,10 +70,11 @@ def check_results(actual: Results, *, oracle: Oracle, same_dtype: Results) -> No
     for name, value in actual.items():
         check_error(name, value, oracle=oracle.values[name], same_dtype=same_dtype[name], bound=oracle.bounds[name])
         if name.startswith("grad_") and value.dtype.itemsize == 2:
-            error = relative_error_in_norm(value, oracle.values[name])
-            assert error <= NORM_ERROR_16_BIT, (
-                f"{name}: relative error in norm {error:.3g}, at most {NORM_ERROR_16_BIT:g} for {value.dtype} "
-                f"(PyTorch: {relative_error_in_norm(same_dtype[name], oracle.values[name]):.3g})"
+            error, of_torch = (relative_error_in_norm(x[name], oracle.values[name]) for x in (actual, same_dtype))
+            allowed = max(NORM_ERROR_16_BIT, 1.05 * of_torch)
+            assert error <= allowed, (
+                f"{name}: relative error in norm {error:.3g} exceeds {allowed:.3g} for {value.dtype} "
+                f"(PyTorch: {of_torch:.3g})"
             )
 
 
