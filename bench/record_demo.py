@@ -37,7 +37,7 @@ def replace_block(text: str, name: str, block: str) -> str:
     """`text` with what stands between <!-- name --> and <!-- end name --> replaced."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"README.md must hold <!-- {name} --> and <!-- end {name} -->, got neither")
+        raise ValueError(f"the document must hold <!-- {name} --> and <!-- end {name} -->, got none")
     return pattern.sub(lambda match: match[1] + block + "\n" + match[2], text)
 
 
