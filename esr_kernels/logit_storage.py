@@ -8,7 +8,8 @@ class LogitStorage(str, Enum):
 
     `AUTO`: the op chooses by shape and device, always one of the two below; never 16-bit logits of full range.
     `FLOAT32`: 4 bytes per logit.
-    `TILE_RELATIVE_FP16`: float16 of the difference to the maximum of a 128-column tile, 2 bytes per logit.
+    `TILE_RELATIVE_FP16`: float16 of the difference to the maximum of a 128-column tile, for the teacher further of the
+        difference to the student's; 2 bytes per logit.
 
     `Impl.REFERENCE` always keeps float32 (float64 for float64 inputs).
     """

@@ -15,7 +15,7 @@ from esr_kernels.checks import (
 )
 from esr_kernels.divergence import Divergence, ReverseKL, check_divergence
 from esr_kernels.divergence_output import DivergenceOutput
-from esr_kernels.impl import Impl, require_reference
+from esr_kernels.impl import Impl, check_impl, require_kernels
 from esr_kernels.linear_divergence.reference import linear_divergence_reference
 from esr_kernels.logit_storage import LogitStorage, check_logit_storage
 from esr_kernels.output_head import OutputHead, as_output_head
@@ -104,10 +104,9 @@ def linear_divergence(
     loss_temperature = check_positive(OP, "loss_temperature", loss_temperature)
     vocab_size = shared_vocab_size(OP, sizes["V"], teacher_sizes["V"], vocab_size)
     stop_ids = check_token_set(OP, "stop_ids", stop_ids, vocab_size)
-    check_logit_storage(OP, logits)
+    logits = check_logit_storage(OP, logits)
     check_workspace_bytes(OP, workspace_bytes)
-    require_reference(OP, impl)
-    return linear_divergence_reference(
+    arguments = (
         student_hidden_N_D,
         student_head,
         teacher_hidden_N_E,
@@ -118,6 +117,14 @@ def linear_divergence(
         stop_ids,
         vocab_size,
     )
+    if check_impl(OP, impl) is Impl.REFERENCE:
+        return linear_divergence_reference(*arguments)
+    require_kernels(
+        OP, **{name: tensor for name, tensor in tensors.items() if name != "token_ids_N"}, **teacher_tensors
+    )
+    from esr_kernels.linear_divergence.autograd import linear_divergence_fused  # imports Triton
+
+    return linear_divergence_fused(*arguments, logits, workspace_bytes)
 
 
 def check_workspace_bytes(op: str, workspace_bytes: int | None) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.divergence_kernel import DIVERGENCE_KERNELS
-from esr_kernels.logit_row_kernel import is_stop_column, load_logits, logsumexp, tile_columns
+from esr_kernels.logit_row_kernel import is_stop_column, load_logit_pair, logsumexp, tile_columns
 from esr_kernels.online_logsumexp import finite_max, log_ratio_of, max_shift, times_exp, update_top1
 from esr_kernels.tile_config import TileConfig, choose_tile_config
 from esr_kernels.token_divergence.gradient_kernel import write_gradient_row, write_zero_row
@@ -32,7 +32,7 @@ def divergence_row_kernel(
     teacher_row_stride, teacher_column_stride, teacher_tile_max_stride, gradient_row_stride,
     student_slope, student_softcap, teacher_slope, teacher_softcap, parameter, complement, gradient_bound_slope,
     DIVERGENCE: tl.constexpr, KL_DIRECTION: tl.constexpr, NUM_STOP_IDS: tl.constexpr, BLOCK_STOPS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr, IS_HALF_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student_row_ptr = student_ptr + row * student_row_stride
@@ -50,14 +50,13 @@ def divergence_row_kernel(
     if NUM_STOP_IDS > 0:
         stop_slots = tl.arange(0, BLOCK_STOPS)
         stop_ids = tl.load(stop_ids_ptr + stop_slots, mask=stop_slots < NUM_STOP_IDS, other=0)
-        student_event = logsumexp(load_logits(
-            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
-            student_softcap, vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
-        ))  # fmt: skip
-        teacher_event = logsumexp(load_logits(
-            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
-            teacher_softcap, vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
-        ))  # fmt: skip
+        student_event, teacher_event = load_logit_pair(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
+            vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
+        )  # fmt: skip
+        student_event = logsumexp(student_event)
+        teacher_event = logsumexp(teacher_event)
         student_max = student_event
         teacher_max = teacher_event
         student_top1 = tl.load(stop_ids_ptr)
@@ -74,13 +73,10 @@ def divergence_row_kernel(
     for start in range(0, vocab_size, BLOCK_VOCAB):
         columns, tile_index = tile_columns(start, BLOCK_VOCAB)
         is_wanted = (columns < vocab_size) & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
-        student_logits = load_logits(
-            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
-            student_softcap, vocab_size, columns, tile_index, is_wanted,
-        )  # fmt: skip
-        teacher_logits = load_logits(
-            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
-            teacher_softcap, vocab_size, columns, tile_index, is_wanted,
+        student_logits, teacher_logits = load_logit_pair(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
+            vocab_size, columns, tile_index, is_wanted,
         )  # fmt: skip
 
         student_tile_max = tl.max(student_logits)
@@ -164,14 +160,13 @@ def divergence_row_kernel(
         for start in range(0, vocab_size, BLOCK_VOCAB):
             columns, tile_index = tile_columns(start, BLOCK_VOCAB)
             is_wanted = (columns < vocab_size) & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
-            student_shifted = load_logits(
-                student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
-                student_softcap, vocab_size, columns, tile_index, is_wanted,
-            ) - finite_max(student_max)  # fmt: skip
-            teacher_shifted = load_logits(
-                teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
-                teacher_softcap, vocab_size, columns, tile_index, is_wanted,
-            ) - finite_max(teacher_max)  # fmt: skip
+            student_shifted, teacher_shifted = load_logit_pair(
+                student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
+                teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
+                vocab_size, columns, tile_index, is_wanted,
+            )  # fmt: skip
+            student_shifted -= finite_max(student_max)
+            teacher_shifted -= finite_max(teacher_max)
             log_ratio = log_ratio_of(student_shifted, teacher_shifted, log_sum_ratio)
             term, weighted_cost = DIVERGENCE(
                 student_shifted - student_log_sum, teacher_shifted - teacher_log_sum, log_ratio, parameter, complement
@@ -207,13 +202,10 @@ def divergence_row_kernel(
         token = tl.load(token_ids_ptr + row)
         is_known = (token >= 0) & (token < vocab_size)
         token = tl.where(is_known, token, 0).to(tl.int32)
-        student_logprob = load_logits(
-            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
-            student_softcap, vocab_size, token, token // 128, is_known,
-        )  # fmt: skip
-        teacher_logprob = load_logits(
-            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
-            teacher_softcap, vocab_size, token, token // 128, is_known,
+        student_logprob, teacher_logprob = load_logit_pair(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
+            vocab_size, token, token // 128, is_known,
         )  # fmt: skip
         if NUM_STOP_IDS > 0:
             is_stop = is_stop_column(token, stop_ids_ptr, NUM_STOP_IDS)
@@ -238,14 +230,16 @@ def divergence_row_kernel(
         tl.store(row_sums_ptr + 4 * num_rows + row, total_cost)
         tl.store(student_top1_ptr + row, student_top1)
 
-    if gradient_ptr is not None:
-        gradient_row_ptr = gradient_ptr + row * gradient_row_stride
-        factor = 1.0
-        if gradient_ptr.dtype.element_ty == tl.float16:
+    factor = 1.0
+    if gradient_unit_ptr is not None:
+        if IS_HALF_GRADIENT:
             # |d(logits)| <= bound, which becomes at most 2^15
             bound = (3.0 + gradient_bound_slope * tl.where(has_no_gradient, 0.0, divergence)) * student_slope
             factor = tl.exp2(15.0 - tl.ceil(tl.log2(bound)))
         # NaN in the unit, not in the row, so that a row with upstream gradient 0 does not poison a sum over rows.
+        tl.store(gradient_unit_ptr + row, tl.where(is_nan, divergence, 1.0 / factor))
+    if gradient_ptr is not None:
+        gradient_row_ptr = gradient_ptr + row * gradient_row_stride
         if has_no_gradient | is_nan:
             write_zero_row(gradient_row_ptr, vocab_size, BLOCK_VOCAB)
         else:
@@ -257,7 +251,6 @@ def divergence_row_kernel(
                 student_max, student_sum, teacher_max, teacher_sum, student_top1, total_cost, factor,
                 parameter, complement, DIVERGENCE, NUM_STOP_IDS, BLOCK_STOPS, BLOCK_VOCAB,
             )  # fmt: skip
-        tl.store(gradient_unit_ptr + row, tl.where(is_nan, divergence, 1.0 / factor))
 
 
 def launch_divergence_rows(
@@ -272,6 +265,7 @@ def launch_divergence_rows(
     state: RowState | None = None,
     gradient_N_V: Tensor | None = None,
     gradient_unit_N: Tensor | None = None,
+    gradient_dtype: torch.dtype = torch.float32,
     tile: TileConfig | None = None,
 ) -> None:
     """Fill `outputs` and, where given, what the gradient needs (`state`) or the gradient itself.
@@ -281,9 +275,9 @@ def launch_divergence_rows(
         divergence: `Divergence.kernel()`.
         token_ids_N: (N,) or None.
         stop_ids: (M,) int32 on the device, sorted, M >= 2; or None.
-        gradient_N_V: (N, >= V), last axis contiguous, float32 or float16; may be the memory of the student's logits.
-            Row n holds the gradient of `divergence_N[n]` divided by `gradient_unit_N[n]`: a power of two for float16, 1 for
-            float32, NaN (and the row 0) where the divergence is NaN. Columns from V on are not written.
+        gradient_N_V: (N, V) of `gradient_dtype`, float32 or float16, last axis contiguous; may be the memory of the
+            student's logits. Row n holds the gradient of `divergence_N[n]` divided by `gradient_unit_N[n]`: a power of two
+            for float16, 1 for float32, NaN (and the row 0) where the divergence is NaN.
     """
     num_rows = outputs.divergence_N.shape[0]
     if num_rows == 0:
@@ -324,5 +318,6 @@ def launch_divergence_rows(
             NUM_STOP_IDS=num_stop_ids,
             BLOCK_STOPS=triton.next_power_of_2(max(1, num_stop_ids)),
             BLOCK_VOCAB=tile.block_vocab,
+            IS_HALF_GRADIENT=gradient_dtype == torch.float16,
             num_warps=tile.num_warps,
         )

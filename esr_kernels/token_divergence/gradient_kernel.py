@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from esr_kernels.logit_row_kernel import head_slope, is_stop_column, load_logits, logsumexp, tile_columns
+from esr_kernels.logit_row_kernel import head_slope, is_stop_column, load_logit_pair, logsumexp, tile_columns
 from esr_kernels.online_logsumexp import finite_max, log_ratio_of
 
 
@@ -49,13 +49,10 @@ def write_gradient_row(
         # Before the sweep, which may overwrite them.
         stop_slots = tl.arange(0, BLOCK_STOPS)
         stop_ids = tl.load(stop_ids_ptr + stop_slots, mask=stop_slots < NUM_STOP_IDS, other=0)
-        student_stop_logits = load_logits(
-            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
-            student_softcap, vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
-        )  # fmt: skip
-        teacher_stop_logits = load_logits(
-            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
-            teacher_softcap, vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
+        student_stop_logits, teacher_stop_logits = load_logit_pair(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
+            vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
         )  # fmt: skip
 
     sum_of_others = tl.zeros((BLOCK_VOCAB // 128, 128), dtype=tl.float32)
@@ -63,13 +60,10 @@ def write_gradient_row(
         columns, tile_index = tile_columns(start, BLOCK_VOCAB)
         is_inside = columns < vocab_size
         is_wanted = is_inside & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
-        student_logits = load_logits(
-            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope,
-            student_softcap, vocab_size, columns, tile_index, is_wanted,
-        )  # fmt: skip
-        teacher_logits = load_logits(
-            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope,
-            teacher_softcap, vocab_size, columns, tile_index, is_wanted,
+        student_logits, teacher_logits = load_logit_pair(
+            student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
+            teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
+            vocab_size, columns, tile_index, is_wanted,
         )  # fmt: skip
         gradient = event_gradient(
             student_logits, teacher_logits, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
