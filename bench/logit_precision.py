@@ -27,7 +27,10 @@ from esr_distill.machine import machine_record
 
 NOISE_LEVELS = (2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 CONFIDENCES = (1e-1, 1e-3, 1e-5, 1e-7)  # 1 - p of the student's likeliest token
+TILE_COLUMNS = 128
 ROWS_AT_ONCE = 8
+
+Pair = tuple[np.ndarray, np.ndarray]  # student, teacher
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -46,45 +49,48 @@ def below_row_maximum(logits: np.ndarray) -> np.ndarray:
     return logits - logits.max(axis=-1, keepdims=True)
 
 
-# By name: for each column of a row the group of columns with which it shares a maximum. Interleaved: in a slice of 4,096
-# columns, the 32 with equal remainder by 128.
-GROUPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "neighbouring": lambda columns: columns // 128,
-    "interleaved": lambda columns: columns // 4096 * 128 + columns % 128,
-}
+def tile_maxima(logits: np.ndarray) -> np.ndarray:
+    """For each column the maximum of its tile of 128 columns."""
+    maxima = np.maximum.reduceat(logits, np.arange(0, logits.shape[-1], TILE_COLUMNS), axis=-1)
+    return np.repeat(maxima, TILE_COLUMNS, axis=-1)[:, : logits.shape[-1]]
 
 
-def group_maxima(logits: np.ndarray, groups: str) -> np.ndarray:
-    """For each column the maximum of its group."""
-    group_of_column = GROUPS[groups](np.arange(logits.shape[-1]))
-    order = np.argsort(group_of_column, kind="stable")
-    present, starts = np.unique(group_of_column[order], return_index=True)
-    maxima = np.maximum.reduceat(logits[:, order], starts, axis=-1)
-    return maxima[:, np.searchsorted(present, group_of_column)]
-
-
-def tile_relative_float16(logits: np.ndarray, groups: str) -> np.ndarray:
-    """TRF16: float16 of the difference to the maximum of the column's group; the maxima stay in float32."""
-    maxima = group_maxima(logits, groups)
+def below_tile_maximum(logits: np.ndarray) -> np.ndarray:
+    """float16 of the difference to the tile's maximum, which stays in float32."""
+    maxima = tile_maxima(logits)
     return round_to_float16(logits - maxima) + below_row_maximum(maxima)
 
 
+def tile_relative(student: np.ndarray, teacher: np.ndarray) -> Pair:
+    """TRF16 as the op stores it: the teacher as the further difference to the student, where the student is near its maximum."""
+    student_maxima, teacher_maxima = tile_maxima(student), tile_maxima(teacher)
+    student_below, teacher_below = student - student_maxima, teacher - teacher_maxima
+    student_stored = round_to_float16(student_below)
+    is_difference = student_stored >= -8
+    teacher_stored = round_to_float16(teacher_below - np.where(is_difference, student_below, 0))
+    teacher_stored += np.where(is_difference, student_stored, 0)
+    return student_stored + below_row_maximum(student_maxima), teacher_stored + below_row_maximum(teacher_maxima)
+
+
+def each_side(store: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray], Pair]:
+    return lambda student, teacher: (store(student), store(teacher))
+
+
 # What a row kernel reads back from each storage of float32 logits: float32 differences to the maximum of the row.
-LOGIT_STORAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "bfloat16": lambda logits: below_row_maximum(round_to_bfloat16(logits)),
-    "float16": lambda logits: below_row_maximum(round_to_float16(logits)),
-    "trf16_neighbouring": lambda logits: tile_relative_float16(logits, "neighbouring"),
-    "trf16_interleaved": lambda logits: tile_relative_float16(logits, "interleaved"),
-    "float32": below_row_maximum,
+LOGIT_STORAGES: dict[str, Callable[[np.ndarray, np.ndarray], Pair]] = {
+    "bfloat16": each_side(lambda logits: below_row_maximum(round_to_bfloat16(logits))),
+    "float16": each_side(lambda logits: below_row_maximum(round_to_float16(logits))),
+    "tile_relative_apart": each_side(below_tile_maximum),
+    "tile_relative": tile_relative,
+    "float32": each_side(below_row_maximum),
 }
 
 
-def count_shared_groups(logits: np.ndarray) -> np.ndarray:
-    """Number of likely tokens (p > 1e-3), and of those that have a likelier one in their group, for each of GROUPS."""
+def count_shared_tiles(logits: np.ndarray) -> np.ndarray:
+    """Number of likely tokens (p > 1e-3), and of those that have a likelier one in their tile."""
     weights = np.exp(below_row_maximum(logits))
     is_likely = weights > 1e-3 * weights.sum(axis=-1, keepdims=True)
-    shared = [(is_likely & (logits < group_maxima(logits, groups))).sum() for groups in GROUPS]
-    return np.array([is_likely.sum(), *shared])
+    return np.array([is_likely.sum(), (is_likely & (logits < tile_maxima(logits))).sum()])
 
 
 def row_scaled_float16(gradient: np.ndarray, divergence: str, value_N: np.ndarray) -> np.ndarray:
@@ -100,6 +106,8 @@ PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd_0.5": 0.5}
 
 def values_and_gradients(student: np.ndarray, teacher: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{divergence: (value_N, gradient of the student's logits)}, from logits less their row maximum, in their dtype."""
+    # numpy adds pairwise along contiguous rows only; one after the other, 151,936 float32 lose four digits.
+    student, teacher = np.ascontiguousarray(student), np.ascontiguousarray(teacher)
     student_weights, teacher_weights = np.exp(student), np.exp(teacher)
     student_sum, teacher_sum = (weights.sum(axis=-1, keepdims=True) for weights in (student_weights, teacher_weights))
     p, q = student_weights / student_sum, teacher_weights / teacher_sum
@@ -141,8 +149,8 @@ def measure_block(sums: ErrorSums, student: np.ndarray, teacher: np.ndarray, wei
     """Add the errors of some rows of float64 logits: of d(logits), and of the hidden states' gradient in bfloat16."""
     exact = values_and_gradients(below_row_maximum(student), below_row_maximum(teacher))
     stored = {
-        storage: values_and_gradients(read(student.astype(np.float32)), read(teacher.astype(np.float32)))
-        for storage, read in LOGIT_STORAGES.items()
+        storage: values_and_gradients(*store(student.astype(np.float32), teacher.astype(np.float32)))
+        for storage, store in LOGIT_STORAGES.items()
     }
     for divergence, (value_N, gradient) in exact.items():
         sums.value_sum[divergence] = sums.value_sum.get(divergence, 0.0) + float(value_N.sum())
@@ -163,7 +171,7 @@ def measure_block(sums: ErrorSums, student: np.ndarray, teacher: np.ndarray, wei
             "row_scaled_float16": kept["row_scaled_float16"] @ half_weight_V_D,
             "bfloat16_then_bfloat16": round_to_bfloat16(computed["bfloat16"]) @ weight_V_D,
         }
-        for storage in ("float32", "trf16_neighbouring", "trf16_interleaved"):
+        for storage in ("float32", "tile_relative_apart", "tile_relative"):
             both = row_scaled_float16(computed[storage], divergence, value_N)
             hidden_gradients[f"{storage}_then_row_scaled_float16"] = both @ half_weight_V_D
         exact_hidden_gradient = gradient @ weight_V_D.astype(np.float64)
@@ -200,18 +208,18 @@ def measure_source(read_rows: RowSource, settings: dict, advance: Callable[[int]
     generator = np.random.default_rng(settings["seed"])
     weight_V_D = round_to_bfloat16(generator.normal(0, 0.02, (vocab_size, settings["hidden_size"])).astype(np.float32))
     sums = {noise: ErrorSums() for noise in settings["noise"]}
-    counts = np.zeros(1 + len(GROUPS))
+    counts = np.zeros(2)
     for start in range(0, rows, ROWS_AT_ONCE):
         teacher = read_rows(start, min(start + ROWS_AT_ONCE, rows))
         unit_noise = generator.standard_normal(teacher.shape)
-        counts += count_shared_groups(teacher)
+        counts += count_shared_tiles(teacher)
         for noise, level in sums.items():
             measure_block(level, teacher + noise * unit_noise, teacher, weight_V_D)
             advance(len(teacher))
     return {
         "vocab_size": vocab_size,
         "likely_tokens_of_a_row": counts[0] / rows,
-        "share_beside_a_likelier": dict(zip(GROUPS, counts[1:] / counts[0], strict=True)),
+        "share_beside_a_likelier": counts[1] / counts[0],
         "levels": [{"noise": noise, "divergences": level.record(rows)} for noise, level in sums.items()],
     }
 

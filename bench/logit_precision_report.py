@@ -25,8 +25,8 @@ DIVERGENCES = {
 LINES = {
     ("logits", "bfloat16"): ("logits in bfloat16 (2 B)", {"color": "#b2182b", "marker": "o"}),
     ("logits", "float16"): ("logits in float16 (2 B)", {"color": "#d6791e", "marker": "^"}),
-    ("logits", "trf16_neighbouring"): ("TRF16, 128 neighbouring columns (2.03 B)", {"color": "#4393c3", "marker": "v"}),
-    ("logits", "trf16_interleaved"): ("TRF16, 32 interleaved columns (2.13 B)", {"color": "#0b4d8a", "marker": "s"}),
+    ("logits", "tile_relative_apart"): ("TRF16, each side apart (2.03 B)", {"color": "#4393c3", "marker": "v"}),
+    ("logits", "tile_relative"): ("TRF16 (2.03 B)", {"color": "#0b4d8a", "marker": "s"}),
     ("logits", "float32"): ("logits in float32 (4 B)", {"color": "#222222", "marker": "D"}),
     ("logits_gradient", "bfloat16"): ("d(logits) in bfloat16 (2 B)", {"color": "#6b6b6b", "linestyle": (0, (5, 2))}),
     ("logits_gradient", "row_scaled_float16"): (
@@ -39,8 +39,8 @@ PIPELINES = {
     "bfloat16": "float64, bfloat16",
     "row_scaled_float16": "float64, row-scaled float16",
     "float32_then_row_scaled_float16": "float32, row-scaled float16",
-    "trf16_interleaved_then_row_scaled_float16": "TRF16 interleaved, row-scaled float16",
-    "trf16_neighbouring_then_row_scaled_float16": "TRF16 neighbouring, row-scaled float16",
+    "tile_relative_then_row_scaled_float16": "TRF16, row-scaled float16",
+    "tile_relative_apart_then_row_scaled_float16": "TRF16 each side apart, row-scaled float16",
     "bfloat16_then_bfloat16": "bfloat16, bfloat16",
 }
 WAYS = {"direct": "computed directly", "minus_the_others": "minus the sum of the others"}
@@ -64,7 +64,7 @@ def tables(results: dict) -> dict[str, str]:
     by_storage = {name: storage_table(source["levels"]) for name, source in zip(SOURCE_BLOCKS, sources, strict=False)}
     return by_storage | {
         "logit-precision-divergences": divergence_table(results),
-        "shared-groups": sharing_table(results),
+        "shared-tiles": sharing_table(results),
         "hidden-gradient": hidden_gradient_table(results),
         "confident-rows": confident_table(results),
     }
@@ -117,12 +117,16 @@ def hidden_gradient_table(results: dict) -> str:
 
 
 def sharing_table(results: dict) -> str:
-    """How often a likely token has a likelier one in its group, a row per source."""
-    rows = []
-    for name, source in results["sources"].items():
-        shares = [f"{100 * share:.0f} %" for share in source["share_beside_a_likelier"].values()]
-        rows.append([f"{name}, {source['vocab_size']:,} ids", f"{source['likely_tokens_of_a_row']:.1f}", *shares])
-    return markdown(["rows", "tokens with p > 1e-3 in a row", "neighbouring", "interleaved"], rows)
+    """How often a likely token has a likelier one in its tile, a row per source."""
+    rows = [
+        [
+            f"{name}, {source['vocab_size']:,} ids",
+            f"{source['likely_tokens_of_a_row']:.1f}",
+            f"{100 * source['share_beside_a_likelier']:.0f} %",
+        ]
+        for name, source in results["sources"].items()
+    ]
+    return markdown(["rows", "tokens with p > 1e-3 in a row", "of these beside a likelier one in their tile"], rows)
 
 
 def confident_table(results: dict) -> str:
@@ -160,8 +164,9 @@ def write_figure(results: dict, path: Path) -> None:
     )
     low, high = min(settings["noise"]), max(settings["noise"])
     figure.supxlabel(
-        f"{settings['rows']} rows; student = teacher + Gaussian noise of {low:g} to {high:g}. TRF16: float16 of the difference "
-        "to the maximum of a group of columns.\nLines: reverse KL. Bands: also forward KL and JSD(0.5), mostly within the line.",
+        f"{settings['rows']} rows; student = teacher + Gaussian noise of {low:g} to {high:g}. TRF16: float16 of the "
+        "difference to the maximum of 128 columns, for the teacher further to the student.\n"
+        "Lines: reverse KL. Bands: also forward KL and JSD(0.5), mostly within the line.",
         fontsize=9.5,
         color="#444444",
         x=0.01,
