@@ -4,7 +4,8 @@
 
 `log_ratio` is log p - log q with more digits than the difference of the two arguments before it, and 0 where both are
 -inf. `parameter` is the class's one number and `complement` is 1 - parameter, rounded from float64. `term` summed over the
-events is the divergence; `weighted_cost` is p * dD/dp up to a multiple of p, which the gradient does not see:
+events is the divergence; `weighted_cost` is p * dD/dp up to a multiple of p, which the gradient does not see and which is
+chosen so that it vanishes where p = q:
 
     d(logits) = J(dD/dp) = weighted_cost - p * sum(weighted_cost).
 
@@ -22,7 +23,8 @@ from esr_kernels.elementary_kernel import expm1, log_quotient
 
 @triton.jit
 def forward_kl(student_logprob, teacher_logprob, log_ratio, parameter, complement):
-    return _kl_term(teacher_logprob, student_logprob, -log_ratio), -tl.exp(teacher_logprob)
+    p, q, q_minus_p = _probabilities(student_logprob, teacher_logprob, log_ratio)
+    return _kl_term(teacher_logprob, student_logprob, -log_ratio), -q_minus_p
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def skew_forward_kl(student_logprob, teacher_logprob, log_ratio, parameter, comp
     mixture = parameter * q + complement * p
     # + m - q, which sums to 0: the terms are then >= 0, and an error common to all log-probabilities cancels.
     term = _weighted_log_quotient(q, mixture, complement * q_minus_p) - complement * q_minus_p
-    return term, tl.where(mixture > 0, -complement * p * (q / _nonzero(mixture)), 0.0)
+    return term, -complement * complement * q_minus_p * _ratio(p, mixture)
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def skew_reverse_kl(student_logprob, teacher_logprob, log_ratio, parameter, comp
     mixture = complement * q + parameter * p
     cost = _weighted_log_quotient(p, mixture, -complement * q_minus_p)
     # + m - p, which sums to 0; see skew_forward_kl
-    return cost + complement * q_minus_p, cost - tl.where(mixture > 0, parameter * p * (p / _nonzero(mixture)), 0.0)
+    return cost + complement * q_minus_p, cost + parameter * complement * q_minus_p * _ratio(p, mixture)
 
 
 @triton.jit
@@ -70,18 +72,16 @@ def total_variation(student_logprob, teacher_logprob, log_ratio, parameter, comp
 
 @triton.jit
 def alpha_at_least_half(student_logprob, teacher_logprob, log_ratio, parameter, complement):
-    # term = q ((p / q)^(1 - alpha) - 1) / (alpha (alpha - 1)); cost = -(q / p)^alpha / alpha
+    # term = q ((p / q)^(1 - alpha) - 1) / (alpha (alpha - 1)); cost = -((q / p)^alpha - 1) / alpha
     p, q, q_minus_p = _probabilities(student_logprob, teacher_logprob, log_ratio)
     term = _power_term(teacher_logprob, student_logprob, -log_ratio, complement) / (-complement * parameter)
     term -= q_minus_p / parameter  # sums to 0; see skew_forward_kl
-    power = tl.exp(complement * student_logprob + parameter * teacher_logprob)
-    is_zero = (teacher_logprob == float("-inf")) | ((student_logprob == float("-inf")) & (complement >= 0))
-    return term, tl.where(is_zero, 0.0, -power / parameter)
+    return term, -_power_term(student_logprob, teacher_logprob, log_ratio, parameter) / parameter
 
 
 @triton.jit
 def alpha_below_half(student_logprob, teacher_logprob, log_ratio, parameter, complement):
-    # term = p ((q / p)^alpha - 1) / (alpha (alpha - 1)); cost = -((q / p)^alpha - 1) / alpha, which is finite for alpha -> 0
+    # term = p ((q / p)^alpha - 1) / (alpha (alpha - 1)); cost as above, finite for alpha -> 0
     p, q, q_minus_p = _probabilities(student_logprob, teacher_logprob, log_ratio)
     power_term = _power_term(student_logprob, teacher_logprob, log_ratio, parameter)
     term = power_term / (-parameter * complement) + q_minus_p / complement  # the latter sums to 0; see skew_forward_kl
@@ -108,6 +108,12 @@ def _probabilities(student_logprob, teacher_logprob, log_ratio):
 @triton.jit
 def _nonzero(x):
     return tl.where(x > 0, x, 1.0)
+
+
+@triton.jit
+def _ratio(p, mixture):
+    """p / mixture, 0 where both are 0."""
+    return p / _nonzero(mixture)
 
 
 @triton.jit

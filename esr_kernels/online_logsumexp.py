@@ -16,8 +16,12 @@ def finite_max(running_max):
 
 @triton.jit
 def max_shift(old_max, new_max):
-    """old_max - new_max <= 0, by which the terms already summed move; 0 while there are none."""
-    return tl.where(old_max == float("-inf"), 0.0, old_max - finite_max(new_max))
+    """old_max - new_max <= 0, by which the terms already summed move; 0 while there are none.
+
+    Bounded, so that sum * shift * exp(shift) of terms that vanish is 0 and not inf * 0.
+    """
+    shift = tl.maximum(old_max - finite_max(new_max), -1e30)
+    return tl.where(old_max == float("-inf"), 0.0, shift)
 
 
 @triton.jit

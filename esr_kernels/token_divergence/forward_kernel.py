@@ -96,18 +96,16 @@ def divergence_row_kernel(
         teacher_exp = tl.exp(teacher_shifted)
         if KL_DIRECTION == "reverse":
             cross = (cross + student_sum * (student_shift - teacher_shift)) * student_rescale
-            is_one_sided = teacher_logits == float("-inf")
-            cross += tl.where(
-                (student_logits == float("-inf")) | is_one_sided, 0.0, student_exp * (student_shifted - teacher_shifted)
-            )
-            is_infinite += tl.where(is_one_sided & (student_logits > float("-inf")), 1.0, 0.0)
+            is_one_sided = teacher_shifted == float("-inf")
+            is_nothing = (student_shifted == float("-inf")) | is_one_sided
+            cross += tl.where(is_nothing, 0.0, student_exp * (student_shifted - teacher_shifted))
+            is_infinite += tl.where(is_one_sided & (student_shifted > float("-inf")), 1.0, 0.0)
         if KL_DIRECTION == "forward":
             cross = (cross + teacher_sum * (teacher_shift - student_shift)) * teacher_rescale
-            is_one_sided = student_logits == float("-inf")
-            cross += tl.where(
-                (teacher_logits == float("-inf")) | is_one_sided, 0.0, teacher_exp * (teacher_shifted - student_shifted)
-            )
-            is_infinite += tl.where(is_one_sided & (teacher_logits > float("-inf")), 1.0, 0.0)
+            is_one_sided = student_shifted == float("-inf")
+            is_nothing = (teacher_shifted == float("-inf")) | is_one_sided
+            cross += tl.where(is_nothing, 0.0, teacher_exp * (teacher_shifted - student_shifted))
+            is_infinite += tl.where(is_one_sided & (teacher_shifted > float("-inf")), 1.0, 0.0)
         student_weighted = (student_weighted + student_sum * student_shift) * student_rescale
         student_weighted += times_exp(student_exp, student_shifted)
         student_sum = student_sum * student_rescale + student_exp
@@ -132,13 +130,16 @@ def divergence_row_kernel(
         teacher_sum += teacher_exp
         student_weighted += times_exp(student_exp, student_event_shifted)
         teacher_weighted += times_exp(teacher_exp, teacher_event_shifted)
-        has_both = (student_event > float("-inf")) & (teacher_event > float("-inf"))
+        has_student = student_event_shifted > float("-inf")
+        has_teacher = teacher_event_shifted > float("-inf")
         if KL_DIRECTION == "reverse":
-            cross += tl.where(has_both, student_exp * (student_event_shifted - teacher_event_shifted), 0.0)
-            is_infinite += tl.where((student_event > float("-inf")) & (teacher_event == float("-inf")), 1.0, 0.0)
+            term = student_exp * (student_event_shifted - teacher_event_shifted)
+            cross += tl.where(has_student & has_teacher, term, 0.0)
+            is_infinite += tl.where(has_student & ~has_teacher, 1.0, 0.0)
         if KL_DIRECTION == "forward":
-            cross += tl.where(has_both, teacher_exp * (teacher_event_shifted - student_event_shifted), 0.0)
-            is_infinite += tl.where((teacher_event > float("-inf")) & (student_event == float("-inf")), 1.0, 0.0)
+            term = teacher_exp * (teacher_event_shifted - student_event_shifted)
+            cross += tl.where(has_student & has_teacher, term, 0.0)
+            is_infinite += tl.where(has_teacher & ~has_student, 1.0, 0.0)
 
     is_masked = (student_sum == 0) | (teacher_sum == 0)
     student_log_sum = tl.log(student_sum)
@@ -153,7 +154,7 @@ def divergence_row_kernel(
     elif KL_DIRECTION == "forward":
         divergence = cross / teacher_sum + log_sum_ratio
         divergence = tl.where(is_infinite > 0, divergence + float("inf"), divergence)
-        total_cost = -1.0
+        total_cost = 0.0
     else:
         terms = zeros
         costs = zeros
@@ -185,6 +186,7 @@ def divergence_row_kernel(
             total_cost += weighted_cost
     divergence = tl.where(is_masked, 0.0, divergence)
     is_nan = divergence != divergence
+    total_cost = tl.where(is_nan, divergence, total_cost)  # a poisoned row has no finite gradient
 
     # Statistics
     agreement = tl.where(student_top1 == teacher_top1, 1.0, 0.0)

@@ -38,9 +38,10 @@ def write_gradient_row(
     The gradient may overwrite the student's logits, also in half their width: a tile is read whole before any of it is
     written, and later tiles lie above what has been written.
 
-    The gradient sums to 0 over the events, so the student's top-1 event gets minus the sum of the others. For a student
+    The gradient sums to 0 over the events. An event of probability above 1/2 gets minus the sum of the others: for a student
     that is nearly certain this is far more exact than p - q of two numbers near 1.
     """
+    certain_id = tl.where(student_sum < 2.0, student_top1, -1)
     student_log_sum = tl.log(student_sum)
     teacher_log_sum = tl.log(teacher_sum)
     log_sum_ratio = tl.log(student_sum / teacher_sum)
@@ -69,13 +70,13 @@ def write_gradient_row(
             student_logits, teacher_logits, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
             total_cost, parameter, complement, DIVERGENCE,
         )  # fmt: skip
-        is_other = is_wanted & (columns != student_top1)
+        is_other = is_wanted & (columns != certain_id)
         sum_of_others += tl.where(is_other, gradient, 0.0)
         gradient = gradient * head_slope(student_logits, student_slope, student_softcap) * factor
         tl.debug_barrier()
         tl.store(gradient_row_ptr + columns, gradient.to(gradient_row_ptr.dtype.element_ty), mask=is_other)
 
-    top1_gradient = -tl.sum(sum_of_others)
+    certain_gradient = -tl.sum(sum_of_others)
     if NUM_STOP_IDS > 0:
         student_event = logsumexp(student_stop_logits)
         teacher_event = logsumexp(teacher_stop_logits)
@@ -83,9 +84,10 @@ def write_gradient_row(
             student_event, teacher_event, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
             total_cost, parameter, complement, DIVERGENCE,
         )  # fmt: skip
-        is_event_top1 = student_top1 == tl.load(stop_ids_ptr)
-        event = tl.where(is_event_top1, top1_gradient, event)
-        top1_gradient -= event
+        first_stop_id = tl.load(stop_ids_ptr)
+        event = tl.where(certain_id == first_stop_id, certain_gradient, event)
+        certain_gradient -= event
+        certain_id = tl.where(certain_id == first_stop_id, -1, certain_id)
         # The event's gradient reaches its ids in proportion to their probabilities.
         share = tl.where(student_stop_logits == float("-inf"), 0.0, tl.exp(student_stop_logits - student_event))
         gradient = event * share * head_slope(student_stop_logits, student_slope, student_softcap) * factor
@@ -94,14 +96,11 @@ def write_gradient_row(
             gradient.to(gradient_row_ptr.dtype.element_ty),
             mask=stop_slots < NUM_STOP_IDS,
         )
-        has_top1_column = ~is_event_top1
-    else:
-        has_top1_column = student_top1 >= 0
-    top1_gradient = top1_gradient * head_slope(student_max, student_slope, student_softcap) * factor
+    certain_gradient = certain_gradient * head_slope(student_max, student_slope, student_softcap) * factor
     tl.store(
-        gradient_row_ptr + student_top1,
-        top1_gradient.to(gradient_row_ptr.dtype.element_ty),
-        mask=has_top1_column & (student_top1 < vocab_size),
+        gradient_row_ptr + certain_id,
+        certain_gradient.to(gradient_row_ptr.dtype.element_ty),
+        mask=(certain_id >= 0) & (certain_id < vocab_size),
     )
 
 
