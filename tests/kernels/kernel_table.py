@@ -8,6 +8,7 @@ import torch
 from compiled_kernels import launched
 
 from esr_kernels.divergence_kernel import DIVERGENCE_KERNELS
+from esr_kernels.linear_divergence.tile_relative_kernel import launch_store_tile_relative
 from esr_kernels.token_divergence.backward_kernel import launch_divergence_gradient
 from esr_kernels.token_divergence.forward_kernel import launch_divergence_rows
 from esr_kernels.token_divergence.row_tensors import LogitRows, RowOutputs, RowState
@@ -35,15 +36,22 @@ def gradient_rows(divergence: str, dtype: torch.dtype, *, vocab: int = VOCAB, nu
     launch_divergence_gradient(upstream, logits, logits, (divergence, 0.3), state, stop_ids, vocab)
 
 
-def fused_gradient_rows(divergence: str, dtype: torch.dtype, **head):
-    """d(logits) with the value, in the memory of the logits: what `linear_divergence` does."""
+def fused_gradient_rows(divergence: str, dtype: torch.dtype, *, gradient_dtype: torch.dtype = torch.float16, **head):
+    """d(logits) with the value: what `linear_divergence` does."""
     logits = LogitRows(empty(ROWS, VOCAB, dtype=dtype), 0.7, **head)
     unit = empty(ROWS, dtype=torch.float32)
-    gradient = empty(ROWS, VOCAB, dtype=torch.float16)
+    gradient = empty(ROWS, VOCAB, dtype=gradient_dtype)
     launch_divergence_rows(
         logits, logits, (divergence, 0.3), None, None, VOCAB, RowOutputs.allocate(unit),
-        gradient_N_V=gradient, gradient_unit_N=unit,
+        gradient_N_V=gradient, gradient_unit_N=unit, gradient_dtype=gradient_dtype,
     )  # fmt: skip
+
+
+def tile_relative_logits(**head):
+    logits = LogitRows(empty(ROWS, 16384, dtype=torch.float32), 0.7, **head)
+    relative, tile_max = empty(ROWS, VOCAB, dtype=torch.float16), empty(ROWS, VOCAB // 128, dtype=torch.float32)
+    outputs = relative[:, :16384], tile_max[:, :128]
+    launch_store_tile_relative(logits, logits, (*outputs, *outputs))
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -75,3 +83,8 @@ for divergence in ("ReverseKL", "GeneralizedJSD"):
         tile_max=TILE_MAX,
     )
 VARIANTS += launched("rows, ReverseKL, odd vocabulary", forward_rows, "ReverseKL", BF16, vocab=50257)
+VARIANTS += launched(
+    "rows and gradient in fp32, ReverseKL", fused_gradient_rows, "ReverseKL", FP32, gradient_dtype=FP32
+)
+VARIANTS += launched("tile-relative logits", tile_relative_logits)
+VARIANTS += launched("tile-relative logits, bias and soft cap", tile_relative_logits, softcap=30.0, bias=BIAS[:16384])
