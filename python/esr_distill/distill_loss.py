@@ -9,6 +9,7 @@ from esr_kernels import (
     AlphaDivergence,
     ForwardKL,
     GeneralizedJSD,
+    Impl,
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
@@ -22,6 +23,11 @@ PARAMETER_DIVERGENCES = {
     "skew_reverse_kl": SkewReverseKL,
     "alpha_divergence": AlphaDivergence,
 }
+
+
+def choose_impl(device: torch.device) -> Impl:
+    """The kernels on a CUDA device, else plain PyTorch: the ops themselves never choose."""
+    return Impl.FUSED if device.type == "cuda" else Impl.REFERENCE
 
 
 def make_divergence(loss: LossConfig):

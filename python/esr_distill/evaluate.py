@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import DataConfig, EvaluationConfig
+from esr_distill.distill_loss import choose_impl
 from esr_distill.hidden_states import last_hidden_states, output_head
 from esr_distill.input_error import InputError
 from esr_distill.models import StopIds
@@ -20,7 +21,7 @@ from esr_distill.prompts import PromptRecord, PromptSet, pad_prompts, tokenize_p
 from esr_distill.rollout import RolloutBatch, generate_rollouts
 from esr_distill.sampler_settings import GREEDY, SamplerSettings
 from esr_distill.scorers import expected_answer, is_correct
-from esr_kernels import Divergence, Impl, ReverseKL, linear_divergence
+from esr_kernels import Divergence, ReverseKL, linear_divergence
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def divergence_by_position(
         output_head(teacher),
         divergence or ReverseKL(),
         stop_ids=stop_ids,
-        impl=Impl.REFERENCE,
+        impl=choose_impl(positions.slot_N.device),
     )
     width = rollouts.response_ids_B_K.shape[1]
     sums_K = torch.zeros(width, dtype=torch.float64, device=positions.slot_N.device)

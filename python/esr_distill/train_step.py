@@ -9,7 +9,7 @@ from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.prompts import next_prompt_batch
 from esr_distill.rollout import generate_rollouts
 from esr_distill.training_run import TrainingRun
-from esr_kernels import Impl, linear_divergence
+from esr_kernels import linear_divergence
 
 
 def train_step(run: TrainingRun, step: int) -> dict:
@@ -45,7 +45,7 @@ def train_step(run: TrainingRun, step: int) -> dict:
             token_ids_N=positions.token_ids_N,
             stop_ids=run.stop.eos_ids if config.loss.merge_stop_ids else (),
             vocab_size=config.loss.vocab_size,
-            impl=Impl.REFERENCE,
+            impl=run.divergence_impl,
         )
         loss = normalize_divergence(
             divergence.divergence_N, positions.row_N, rollouts.batch_size, config.loss.normalizer

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import OptimizerConfig, TrainConfig
-from esr_distill.distill_loss import make_divergence
+from esr_distill.distill_loss import choose_impl, make_divergence
 from esr_distill.evaluate import Evaluation
 from esr_distill.hidden_states import check_output_head
 from esr_distill.learning_rate import learning_rate_factor
 from esr_distill.models import StopIds, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptSet, read_prompt_file, tokenize_prompts
-from esr_kernels import Divergence
+from esr_kernels import Divergence, Impl
 
 
 @dataclass
@@ -30,6 +30,7 @@ class TrainingRun:
     stop: StopIds
     prompts: PromptSet
     divergence: Divergence
+    divergence_impl: Impl
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     evaluation: Evaluation | None
@@ -105,9 +106,13 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
         f"teacher {config.model.teacher} ({_millions(teacher)} M, {config.model.teacher_dtype}), "
         f"{device.type}, attention {attention}"
     )
-    console.print("ops: reference (plain PyTorch); the fused kernels are not built yet in this version")
+    impl = choose_impl(device)
+    why = "Triton kernels" if impl is Impl.FUSED else "plain PyTorch: the kernels need a CUDA device"
+    console.print(
+        f"divergence: {impl.value} ({why}); sampler: reference (its kernels are not built yet in this version)"
+    )
     return TrainingRun(
-        config, device, student, teacher, tokenizer, stop, prompts, divergence, optimizer, scheduler, evaluation
+        config, device, student, teacher, tokenizer, stop, prompts, divergence, impl, optimizer, scheduler, evaluation
     )
 
 

@@ -15,6 +15,7 @@ from tiny_models import VOCAB_SIZE, make_model, save_pair, write_prompts
 
 import esr_distill.train as train_module
 import esr_distill.train_step as train_step_module
+import esr_distill.training_run as training_run_module
 from esr_distill.checkpoint import find_checkpoints
 from esr_distill.config import (
     DataConfig,
@@ -28,10 +29,12 @@ from esr_distill.config import (
 )
 from esr_distill.demo.arms import MODELS
 from esr_distill.demo.chain_sum import make_problems
+from esr_distill.distill_loss import choose_impl
 from esr_distill.input_error import InputError
 from esr_distill.metrics import read_metrics
 from esr_distill.rollout import generate_rollouts
 from esr_distill.train import train
+from esr_kernels import Impl
 
 
 @pytest.fixture
@@ -236,6 +239,30 @@ def test_a_run_in_16_bits(tmp_path, console, precision):
     config = tiny_config(tmp_path, steps=2)
     train(replace(config, model=replace(config.model, teacher_dtype="bfloat16", **precision)), console)
     assert all(0 < loss < 100 for loss in losses(config))
+
+
+@pytest.mark.parametrize("normalizer", ["token_mean", "sequence_mean"])
+def test_the_fused_kernels_train_the_same_student(tmp_path, console, monkeypatch, normalizer):
+    """On a CPU the kernels run in Triton's interpreter, which tests/conftest.py asks for."""
+    loss = LossConfig(normalizer=normalizer)
+    reference = tiny_config(tmp_path, "reference", steps=3, loss=loss)
+    fused = tiny_config(tmp_path, "fused", steps=3, loss=loss)
+    train(reference, console)
+    monkeypatch.setattr(training_run_module, "choose_impl", lambda device: Impl.FUSED)
+    train(fused, console)
+    assert losses(fused) == pytest.approx(losses(reference), rel=1e-5)
+    assert losses(fused)[0] > 1e-3
+
+
+def test_the_implementation_of_the_divergence_is_printed(tmp_path):
+    console = Console(record=True, width=200)
+    train(tiny_config(tmp_path, steps=1), console)
+    assert "divergence: reference (plain PyTorch: the kernels need a CUDA device)" in console.export_text()
+
+
+@pytest.mark.parametrize("device, expected", [("cuda", Impl.FUSED), ("cpu", Impl.REFERENCE)])
+def test_the_kernels_are_chosen_where_they_run(device, expected):
+    assert choose_impl(torch.device(device)) is expected
 
 
 def test_accuracy_is_recorded_before_during_and_after(tmp_path, console):
