@@ -160,7 +160,7 @@ def write_figure(results: dict, path: Path) -> None:
     draw_labels(panels[0][-1], source["levels"])
     settings = results["settings"]
     figure.suptitle(
-        "16-bit logits lose the gradient as the student approaches its teacher", x=0.01, ha="left", fontsize=13
+        "Plain 16-bit logits lose the gradient as the student approaches its teacher", x=0.01, ha="left", fontsize=13
     )
     low, high = min(settings["noise"]), max(settings["noise"])
     figure.supxlabel(

@@ -1,7 +1,8 @@
-"""Do the numbers in the README come from committed result files?  pytest tests/repository/test_recorded_numbers.py"""
+"""Do the numbers in the documents come from committed result files?  pytest tests/repository/test_recorded_numbers.py"""
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDED = sorted((ROOT / "bench" / "results").glob("*/demo-*.json"))
 
 
-@pytest.fixture(scope="module")
-def record_demo():
-    spec = importlib.util.spec_from_file_location("record_demo", ROOT / "bench" / "record_demo.py")
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def record_demo():
+    return load_script("record_demo")
 
 
 def test_both_tasks_are_recorded():
@@ -32,8 +37,17 @@ def test_every_row_of_the_readme_table_is_in_a_result_file(path, record_demo):
     assert all(row in readme for row in rows)
 
 
+def test_the_tables_of_the_numerics_are_those_of_the_result_file():
+    results = json.loads((ROOT / "bench" / "results" / "amd-epyc" / "logit_precision.json").read_text())
+    tables = load_script("logit_precision_report").tables(results)
+    document = (ROOT / "docs" / "numerics.md").read_text()
+    recorded = re.findall(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", document, re.DOTALL)
+    assert len(tables) == 6
+    assert dict(recorded) == tables
+
+
 def test_a_block_is_replaced_whole_and_a_missing_one_is_an_error(record_demo):
     text = "a\n<!-- demo-x -->\nold\nold\n<!-- end demo-x -->\nb\n"
     assert record_demo.replace_block(text, "demo-x", "new") == "a\n<!-- demo-x -->\nnew\n<!-- end demo-x -->\nb\n"
-    with pytest.raises(ValueError, match="README.md must hold <!-- demo-y -->"):
+    with pytest.raises(ValueError, match="the document must hold <!-- demo-y -->"):
         record_demo.replace_block(text, "demo-y", "new")
