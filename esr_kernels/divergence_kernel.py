@@ -18,6 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from esr_kernels.divergence import Divergence
 from esr_kernels.elementary_kernel import expm1, log_quotient
 
 
@@ -153,3 +154,18 @@ DIVERGENCE_KERNELS = {
     "AlphaDivergence>=0.5": DivergenceKernel(alpha_at_least_half),
     "AlphaDivergence<0.5": DivergenceKernel(alpha_below_half),
 }
+
+
+def choose_kernel(op: str, divergence: Divergence) -> tuple[str, float]:
+    """`divergence.kernel()`, checked to be in the table.
+
+    Raises:
+        NotImplementedError: it is a divergence without a device function.
+    """
+    name, parameter = divergence.kernel()
+    if name not in DIVERGENCE_KERNELS:
+        raise NotImplementedError(
+            f"{op}: {type(divergence).__name__} has no kernel (esr_kernels/divergence_kernel.py lists "
+            f"{', '.join(DIVERGENCE_KERNELS)}); add one, or pass impl=Impl.REFERENCE for plain PyTorch"
+        )
+    return name, parameter

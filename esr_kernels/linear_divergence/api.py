@@ -55,6 +55,23 @@ def linear_divergence(
     A NaN hidden state makes its own row NaN, and the gradient of that row. The gradient of the head sums over rows,
     so it is NaN as soon as one row with a nonzero upstream gradient is.
 
+    Under FUSED, 16-bit hidden states and weights of one dtype are multiplied as they are and summed in float32; other pairs of
+    dtypes are multiplied in float32, which is slow on a GPU. Stored logits and d(logits) are never bfloat16: d(logits) are
+    float16 with a power of two per row, and the head's weight is converted to float16, slice by slice, to meet them (it must
+    stay below 1000 in magnitude). A bfloat16 gradient then differs from the exact one by little more than its own rounding.
+    With `LogitStorage.TILE_RELATIVE_FP16` a log-probability may be off by 2^-11 of its distance to the largest of its tile.
+
+    FLOP, in units of 2 N V: D + E to project, D for each gradient. Memory beyond inputs and results, with n rows per chunk and
+    g = 2 bytes (4 for float32 models):
+
+        no gradient           8 n V  (FLOAT32), 4 n V (TILE_RELATIVE_FP16)
+        frozen head           the same, and 4 N D: the input gradient is made in forward
+        trained head          the same, and g N V of d(logits) kept for backward, where they fit in `workspace_bytes`; then in
+                              backward 4 N D, 2 N D and a slice of 16384 ids of the weight in 2 and of its gradient in 4 bytes
+        ... where they do not D + E units more in backward, 8 n V or 4 n V there, and 4 V D for the weight's gradient
+
+    Nothing waits for the device; results repeat bit by bit.
+
     Args:
         student_hidden_N_D: (N, D), any float dtype. N = 0 is legal.
         student_head: `OutputHead` or a bare weight (V, D). A head that does not require grad gets none.
@@ -62,9 +79,12 @@ def linear_divergence(
         teacher_head: `OutputHead` or a bare weight (V, E); its weight and bias must not require grad.
         divergence, loss_temperature, token_ids_N, stop_ids, vocab_size: as in `token_divergence`. With `vocab_size`
             only those rows of the heads are projected; the others get gradient 0.
-        logits: how FUSED stores logits; changes bytes and rounding, not the definition. REFERENCE keeps float32.
-        workspace_bytes: > 0 or None; the most memory FUSED may hold for logits before it chunks the rows. Results do
-            not depend on it. REFERENCE holds all N x V logits of both sides and does not chunk.
+        logits: how FUSED stores logits; changes bytes and rounding, not the definition. AUTO takes FLOAT32 unless too few
+            rows of it fit in `workspace_bytes`. REFERENCE keeps float32.
+        workspace_bytes: > 0 or None; the most memory FUSED may hold for logits and kept d(logits), None for a sixteenth of
+            the device's memory (1 GiB on a CPU). What does not fit is chunked by rows and, where the head is trained,
+            computed again in backward. Chunks change sums by float32 rounding only. REFERENCE holds all N x V logits of
+            both sides and does not chunk.
         impl: `Impl.FUSED` or `Impl.REFERENCE`.
 
     Returns:
@@ -75,7 +95,9 @@ def linear_divergence(
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong shapes, devices or numbers; unequal vocabularies without `vocab_size`; a teacher that
             requires grad.
-        NotImplementedError: `impl` is FUSED, which this version has not built.
+        TypeError: `impl` is FUSED and an input is float64.
+        ValueError: `workspace_bytes` does not hold the logits of one row.
+        NotImplementedError: `impl` is FUSED and Triton or a CUDA device is missing.
     """
     student_head = as_output_head(OP, "student_head", student_head)
     teacher_head = as_output_head(OP, "teacher_head", teacher_head)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.divergence import Divergence
+from esr_kernels.divergence_kernel import choose_kernel
 from esr_kernels.divergence_output import DivergenceOutput
 from esr_kernels.linear_divergence import registration  # noqa: F401 (defines the ops)
 from esr_kernels.linear_divergence.matrix_product import gradient_dtype
@@ -89,7 +90,7 @@ def linear_divergence_fused(
         storage=logits,
         workspace_bytes=workspace_bytes,
     )
-    name, parameter = divergence.kernel()
+    name, parameter = choose_kernel("linear_divergence", divergence)
     return DivergenceOutput(
         *LinearDivergence.apply(
             student_hidden_N_D,

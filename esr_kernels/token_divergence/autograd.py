@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from esr_kernels.divergence import Divergence
+from esr_kernels.divergence_kernel import choose_kernel
 from esr_kernels.divergence_output import DivergenceOutput
 from esr_kernels.token_divergence import registration  # noqa: F401 (defines the ops)
 
@@ -49,7 +50,7 @@ def token_divergence_fused(
     vocab_size: int,
 ) -> DivergenceOutput:
     """See `esr_kernels.token_divergence`. `stop_ids` are sorted; `vocab_size` is at most either side's."""
-    name, parameter = divergence.kernel()
+    name, parameter = choose_kernel("token_divergence", divergence)
     return DivergenceOutput(
         *TokenDivergence.apply(
             student_logits_N_V, teacher_logits_N_V, name, parameter, loss_temperature, token_ids_N, stop_ids, vocab_size
