@@ -17,44 +17,48 @@ def tile_columns(start, BLOCK_VOCAB: tl.constexpr):
 
 
 @triton.jit
-def load_head_logits(row_ptr, bias_ptr, column_stride, slope, softcap, columns, is_wanted):
-    """Tempered logits in float32 from the head's matrix product, -inf where not wanted.
+def load_head_logits(row_ptr, bias_ptr, column_stride, slope, softcap, columns, is_inside):
+    """Tempered logits in float32 from the head's matrix product, -inf outside.
 
     softcap * tanh((x + bias) * slope / softcap), without soft cap (x + bias) * slope; `slope` is logit_scale / temperature
     and `softcap` the head's soft cap / temperature.
     """
-    logits = tl.load(row_ptr + columns.to(tl.int64) * column_stride, mask=is_wanted, other=float("-inf")).to(tl.float32)
+    logits = tl.load(row_ptr + columns.to(tl.int64) * column_stride, mask=is_inside, other=float("-inf")).to(tl.float32)
     if bias_ptr is not None:
-        logits += tl.load(bias_ptr + columns, mask=is_wanted, other=0.0).to(tl.float32)
+        logits += tl.load(bias_ptr + columns, mask=is_inside, other=0.0).to(tl.float32)
     if softcap is None:
         logits *= slope
     else:
         logits = softcap * tanh(logits * (slope / softcap))
-    return tl.where(is_wanted, logits, float("-inf"))
+    return tl.where(is_inside, logits, float("-inf"))
 
 
 @triton.jit
 def load_logit_pair(
     student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
     teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
-    vocab_size, columns, tile_index, is_wanted,
+    vocab_size, columns, tile_index, is_inside, is_wanted,
 ):  # fmt: skip
-    """Tempered logits of both sides in float32, -inf where not wanted; tile-relative where the maxima are given."""
+    """Tempered logits of both sides in float32, -inf where not wanted; tile-relative where the maxima are given.
+
+    Masked by `is_inside` alone, memory is read in wide words; `is_wanted` leaves out stop ids.
+    """
     if student_tile_max_ptr is None:
         student_logits = load_head_logits(
-            student_row_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap, columns, is_wanted
+            student_row_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap, columns, is_inside
         )
         teacher_logits = load_head_logits(
-            teacher_row_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap, columns, is_wanted
+            teacher_row_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap, columns, is_inside
         )
     else:
         has_tile = tile_index * TILE_COLUMNS < vocab_size
-        student_relative = tl.load(student_row_ptr + columns, mask=is_wanted, other=float("-inf")).to(tl.float32)
-        teacher_relative = tl.load(teacher_row_ptr + columns, mask=is_wanted, other=float("-inf")).to(tl.float32)
+        student_relative = tl.load(student_row_ptr + columns, mask=is_inside, other=float("-inf")).to(tl.float32)
+        teacher_relative = tl.load(teacher_row_ptr + columns, mask=is_inside, other=float("-inf")).to(tl.float32)
         teacher_relative += tl.where(is_stored_as_difference(student_relative), student_relative, 0.0)
         student_logits = student_relative + tl.load(student_tile_max_ptr + tile_index, mask=has_tile, other=0.0)
         teacher_logits = teacher_relative + tl.load(teacher_tile_max_ptr + tile_index, mask=has_tile, other=0.0)
-    return student_logits, teacher_logits
+    student_logits = tl.where(is_wanted, student_logits, float("-inf"))
+    return student_logits, tl.where(is_wanted, teacher_logits, float("-inf"))
 
 
 @triton.jit

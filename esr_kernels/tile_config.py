@@ -5,6 +5,11 @@ from dataclasses import dataclass
 TILE_COLUMNS = 128  # columns that share one maximum in tile-relative storage; every tile is a multiple of it
 
 
+# Registers of a thread at most, so that 512 threads share a multiprocessor; without a limit of its own ptxas sometimes takes a
+# lower one and spills.
+MAX_REGISTERS = 128
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """How one program walks its row: `block_vocab` columns at a time, with `num_warps` warps."""
@@ -17,6 +22,10 @@ class TileConfig:
             raise ValueError(f"TileConfig: block_vocab must be a power of 2 >= {TILE_COLUMNS}, got {self.block_vocab}")
         if self.num_warps not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"TileConfig: num_warps must be a power of 2 in [1, 32], got {self.num_warps}")
+
+    def launch_options(self) -> dict:
+        """Options of a kernel launch. Fused multiply-adds are asked for by name: Triton 3.10 will no longer imply them."""
+        return {"num_warps": self.num_warps, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": True}
 
 
 def choose_tile_config(vocab_size: int) -> TileConfig:

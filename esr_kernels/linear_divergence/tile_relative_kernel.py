@@ -15,9 +15,10 @@ from torch import Tensor
 
 from esr_kernels.logit_row_kernel import is_stored_as_difference, load_head_logits, tile_columns
 from esr_kernels.online_logsumexp import finite_max
+from esr_kernels.tile_config import TileConfig
 from esr_kernels.token_divergence.row_tensors import LogitRows
 
-BLOCK_VOCAB = 2048
+TILE = TileConfig(block_vocab=2048, num_warps=4)
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def launch_store_tile_relative(student: LogitRows, teacher: LogitRows, outputs: 
     if num_rows == 0:
         return
     with torch.accelerator.device_index(student_relative.device.index):
-        store_tile_relative_kernel[(num_rows, triton.cdiv(num_columns, BLOCK_VOCAB))](
+        store_tile_relative_kernel[(num_rows, triton.cdiv(num_columns, TILE.block_vocab))](
             student.logits,
             student.bias,
             teacher.logits,
@@ -97,6 +98,6 @@ def launch_store_tile_relative(student: LogitRows, teacher: LogitRows, outputs: 
             student.softcap,
             teacher.slope,
             teacher.softcap,
-            BLOCK_VOCAB=BLOCK_VOCAB,
-            num_warps=4,
+            BLOCK_VOCAB=TILE.block_vocab,
+            **TILE.launch_options(),
         )

@@ -89,6 +89,6 @@ def launch_divergence_gradient(
             NUM_STOP_IDS=num_stop_ids,
             BLOCK_STOPS=triton.next_power_of_2(max(1, num_stop_ids)),
             BLOCK_VOCAB=tile.block_vocab,
-            num_warps=tile.num_warps,
+            **tile.launch_options(),
         )
     return gradient_N_V

@@ -53,7 +53,7 @@ def divergence_row_kernel(
         student_event, teacher_event = load_logit_pair(
             student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
             teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
-            vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
+            vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS, stop_slots < NUM_STOP_IDS,
         )  # fmt: skip
         student_event = logsumexp(student_event)
         teacher_event = logsumexp(teacher_event)
@@ -72,11 +72,12 @@ def divergence_row_kernel(
     is_infinite = zeros
     for start in range(0, vocab_size, BLOCK_VOCAB):
         columns, tile_index = tile_columns(start, BLOCK_VOCAB)
-        is_wanted = (columns < vocab_size) & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
+        is_inside = columns < vocab_size
+        is_wanted = is_inside & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
         student_logits, teacher_logits = load_logit_pair(
             student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
             teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
-            vocab_size, columns, tile_index, is_wanted,
+            vocab_size, columns, tile_index, is_inside, is_wanted,
         )  # fmt: skip
 
         student_tile_max = tl.max(student_logits)
@@ -160,11 +161,12 @@ def divergence_row_kernel(
         costs = zeros
         for start in range(0, vocab_size, BLOCK_VOCAB):
             columns, tile_index = tile_columns(start, BLOCK_VOCAB)
-            is_wanted = (columns < vocab_size) & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
+            is_inside = columns < vocab_size
+            is_wanted = is_inside & ~is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS)
             student_shifted, teacher_shifted = load_logit_pair(
                 student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
                 teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
-                vocab_size, columns, tile_index, is_wanted,
+                vocab_size, columns, tile_index, is_inside, is_wanted,
             )  # fmt: skip
             student_shifted -= finite_max(student_max)
             teacher_shifted -= finite_max(teacher_max)
@@ -207,7 +209,7 @@ def divergence_row_kernel(
         student_logprob, teacher_logprob = load_logit_pair(
             student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
             teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
-            vocab_size, token, token // 128, is_known,
+            vocab_size, token, token // 128, is_known, is_known,
         )  # fmt: skip
         if NUM_STOP_IDS > 0:
             is_stop = is_stop_column(token, stop_ids_ptr, NUM_STOP_IDS)
@@ -237,6 +239,7 @@ def divergence_row_kernel(
         if IS_HALF_GRADIENT:
             # |d(logits)| <= bound, which becomes at most 2^15
             bound = (3.0 + gradient_bound_slope * tl.where(has_no_gradient, 0.0, divergence)) * student_slope
+            bound = tl.minimum(bound, 3e38)
             factor = tl.exp2(15.0 - tl.ceil(tl.log2(bound)))
         # NaN in the unit, not in the row, so that a row with upstream gradient 0 does not poison a sum over rows.
         tl.store(gradient_unit_ptr + row, tl.where(is_nan, divergence, 1.0 / factor))
@@ -321,5 +324,5 @@ def launch_divergence_rows(
             BLOCK_STOPS=triton.next_power_of_2(max(1, num_stop_ids)),
             BLOCK_VOCAB=tile.block_vocab,
             IS_HALF_GRADIENT=gradient_dtype == torch.float16,
-            num_warps=tile.num_warps,
+            **tile.launch_options(),
         )

@@ -53,7 +53,7 @@ def write_gradient_row(
         student_stop_logits, teacher_stop_logits = load_logit_pair(
             student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
             teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
-            vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS,
+            vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS, stop_slots < NUM_STOP_IDS,
         )  # fmt: skip
 
     sum_of_others = tl.zeros((BLOCK_VOCAB // 128, 128), dtype=tl.float32)
@@ -64,7 +64,7 @@ def write_gradient_row(
         student_logits, teacher_logits = load_logit_pair(
             student_row_ptr, student_tile_max_ptr, student_bias_ptr, student_column_stride, student_slope, student_softcap,
             teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
-            vocab_size, columns, tile_index, is_wanted,
+            vocab_size, columns, tile_index, is_inside, is_wanted,
         )  # fmt: skip
         gradient = event_gradient(
             student_logits, teacher_logits, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,

@@ -28,7 +28,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TABLE = Path(__file__).with_name("kernel_table.py")
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 # Compute capability -> bytes of shared memory that one program may use (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -48,6 +48,7 @@ class KernelVariant:
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None
+    enable_fp_fusion: bool = True
     unaligned: tuple[str, ...] = ()
 
 
@@ -197,7 +198,7 @@ def compile_variant(variant: KernelVariant, capability: int) -> KernelFigures:
     try:
         launch = specialise(variant)
         source = ASTSource(variant.kernel, launch.signature, launch.constexprs, launch.attributes)
-        options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.maxnreg}
+        options = {option: getattr(variant, option) for option in LAUNCH_OPTIONS}
         with contextlib.redirect_stdout(ptxas_log):
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         figures = ptxas_figures(ptxas_log.getvalue())
