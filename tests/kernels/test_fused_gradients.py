@@ -309,15 +309,15 @@ def test_an_infinite_row_leaves_the_other_rows_gradients_alone():
 
 
 @every_workspace
+@pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("trained", ["all", "hidden"])
-def test_n8_a_nan_row_with_upstream_zero_does_not_poison_the_head(trained, workspace):
-    """With weight 0 it adds exactly nothing; with any other weight the NaN is seen in the head's gradient."""
+def test_n8_a_nan_row_with_upstream_zero_does_not_poison_the_head(trained, side, workspace):
+    """With weight 0 it adds exactly nothing, though 0 times NaN is NaN; any other weight shows the NaN in the head."""
     inputs, upstream = linear_inputs(seed=17), torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0], device=DEVICE)
     names = ("student_hidden", "student_weight") if trained == "all" else ("student_hidden",)
     options = {"impl": Impl.FUSED, "trained": names, "workspace_bytes": WORKSPACES[workspace]}
     expected = evaluate_linear_divergence(inputs, ReverseKL(), upstream, **options)
-    # NaN from the teacher's side: a NaN in X itself would be 0 * NaN in the product for the head.
-    inputs.teacher_hidden_N_E[1, 3] = math.nan
+    (inputs.student_hidden_N_D if side == "student" else inputs.teacher_hidden_N_E)[1, 3] = math.nan
     results = evaluate_linear_divergence(inputs, ReverseKL(), upstream, **options)
     assert results["divergence"].isnan().tolist() == [False, True, False, False, False]
     assert (results["grad_student_hidden"][1] == 0).all()
