@@ -2,15 +2,25 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+# -inf - -inf, or the maximum of nothing but NaN, is no warning on a GPU.
+INTERPRETER_WARNINGS = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(INTERPRETER_WARNINGS)
+
 
 @pytest.fixture(autouse=os.environ.get("TRITON_INTERPRET") == "1")
 def interpreter_like_hardware(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """float32 rounds to the nearest bfloat16 (the interpreter cuts its bits off), and -inf - -inf is no warning.
+    """float32 rounds to the nearest bfloat16, where the interpreter cuts its bits off.
 
     And twice as fast: the interpreter patches triton.language anew for every jit function that a kernel calls; once for
     each module and launch is enough.

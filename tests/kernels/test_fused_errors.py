@@ -117,29 +117,27 @@ def test_linear_divergence_refuses(changed, error, message):
         linear_divergence(**{**HIDDEN, **changed})
 
 
-@pytest.mark.parametrize("op", ["token_divergence", "linear_divergence"])
-def test_cpu_tensors_without_the_interpreter_are_refused(op):
+def test_cpu_tensors_without_the_interpreter_are_refused():
     """A fresh process without TRITON_INTERPRET: the error comes from the call, and says what to do instead."""
     program = (
         "import torch, esr_kernels as k\n"
         "x, w = torch.zeros(2, 3), torch.zeros(5, 3)\n"
-        "arguments = {'token_divergence': (x, x), 'linear_divergence': (x, w, x, w)}\n"
-        f"k.{op}(*arguments['{op}'], impl=k.Impl.REFERENCE)\n"
-        "try:\n"
-        f"    k.{op}(*arguments['{op}'])\n"
-        "except NotImplementedError as error:\n"
-        "    print(error)\n"
+        "for op, arguments in ((k.token_divergence, (x, x)), (k.linear_divergence, (x, w, x, w))):\n"
+        "    op(*arguments, impl=k.Impl.REFERENCE)\n"
+        "    try:\n"
+        "        op(*arguments)\n"
+        "    except NotImplementedError as error:\n"
+        "        print(error)\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    for part in (
-        f"{op}: impl=Impl.FUSED needs tensors on a CUDA device, got cpu",
-        "impl=Impl.REFERENCE",
-        "TRITON_INTERPRET=1",
-    ):
-        assert part in result.stdout
+    messages = result.stdout.splitlines()
+    assert len(messages) == 2
+    for op, message in zip(("token_divergence", "linear_divergence"), messages, strict=True):
+        assert message.startswith(f"{op}: impl=Impl.FUSED needs tensors on a CUDA device, got cpu")
+        assert "impl=Impl.REFERENCE" in message and "TRITON_INTERPRET=1" in message
 
 
 def test_a_machine_without_triton_is_told_so(monkeypatch):

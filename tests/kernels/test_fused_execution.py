@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import esr_kernels
 from esr_kernels import GeneralizedJSD, Impl, LogitStorage, OutputHead, ReverseKL, linear_divergence, token_divergence
-from esr_kernels.testing.cases import DIVERGENCES, ONE_OF_EACH_CLASS, Shape
+from esr_kernels.testing.cases import DIVERGENCES, Shape
 from esr_kernels.testing.inputs import LinearInputs, LogitPair, make_linear_inputs, make_logit_pair, make_upstream
 from esr_kernels.testing.oracle import converted, evaluate_linear_divergence, evaluate_token_divergence
 
@@ -76,18 +76,17 @@ def test_x5_no_kernel_uses_atomics():
         assert not re.search(r"\batomic_", path.read_text()), path
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "jsd_0.5"])
-def test_x2_token_divergence_compiles_to_one_graph(name):
+def test_x2_token_divergence_compiles_to_one_graph():
     """Forward and backward of one compiled function, for two batch sizes; Python floats stay float32 in the kernels."""
 
     def loss(student, teacher, ids, temperature):
         output = token_divergence(
-            student, teacher, DIVERGENCES[name], loss_temperature=temperature, token_ids_N=ids, stop_ids=(2, 7)
+            student, teacher, GeneralizedJSD(0.5), loss_temperature=temperature, token_ids_N=ids, stop_ids=(2, 7)
         )
         return output.divergence_N * 3.0 + output.student_logprob_N.nan_to_num(), output.top1_agreement_N
 
     compiled = torch.compile(loss, fullgraph=True, backend=BACKEND)
-    for rows in (4, 6, 9):
+    for rows in (4, 6):
         pair = logit_pair(rows, seed=rows)
         upstream, ids = upstream_of(pair), torch.arange(rows, device=DEVICE)
         results = []
@@ -223,7 +222,7 @@ def test_x4_autocast_changes_nothing(workspace, autocast_dtype):
     assert_same(actual_token, expected_token)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd_0.5"])
 def test_stop_ids_may_come_in_any_order_and_number(name):
     """One id changes nothing; the same set in another order is the same event; all ids but one is a legal event."""
     pair = logit_pair(3, seed=6)

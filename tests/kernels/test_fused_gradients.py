@@ -20,7 +20,7 @@ from esr_kernels import (
     linear_divergence,
     token_divergence,
 )
-from esr_kernels.testing.cases import DIVERGENCES, ONE_OF_EACH_CLASS, Shape
+from esr_kernels.testing.cases import DIVERGENCES, Shape
 from esr_kernels.testing.error_budget import check_linear_divergence, check_token_divergence
 from esr_kernels.testing.inputs import LinearInputs, LogitPair, make_linear_inputs, make_logit_pair, make_upstream
 from esr_kernels.testing.oracle import converted, evaluate_linear_divergence, evaluate_token_divergence
@@ -146,16 +146,15 @@ SUBSETS = {
 
 
 @every_workspace
-@pytest.mark.parametrize("storage", [LogitStorage.FLOAT32, LogitStorage.TILE_RELATIVE_FP16])
 @pytest.mark.parametrize("subset", SUBSETS)
-def test_g3_every_subset_of_gradients(subset, storage, workspace):
+def test_g3_every_subset_of_gradients(subset, workspace):
     inputs = linear_inputs(seed=7, dtype=torch.bfloat16, has_bias=True)
     results = check_linear_divergence(
         inputs,
         ReverseKL(),
         make_upstream(5, device=DEVICE),
         trained=SUBSETS[subset],
-        logits=storage,
+        logits=LogitStorage.TILE_RELATIVE_FP16,
         workspace_bytes=WORKSPACES[workspace],
     )
     assert [name for name in results if name.startswith("grad_")] == [f"grad_{name}" for name in SUBSETS[subset]]
@@ -259,7 +258,7 @@ def test_g5_scaled_jsd_tends_to_the_kls_and_unscaled_jsd_to_zero(small):
     assert (value(pair, GeneralizedJSD(small)) < 2 * small * forward).all()
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+@pytest.mark.parametrize("name", ["forward_kl", "skew_reverse_0.1", "alpha_0.5"])
 def test_g6_linear_temperature_has_no_square(name):
     """logits / T on both sides: at T = 2 the value is that of heads with half the scale, and so is the gradient."""
     inputs, upstream = linear_inputs(seed=14), make_upstream(5, device=DEVICE)

@@ -53,8 +53,16 @@ def test_every_divergence_in_bfloat16(name):
     check_linear_divergence(inputs, DIVERGENCES[name], upstream_of(inputs), logits=storage, **options)
 
 
-@every_storage
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [
+        (FLOAT32, LogitStorage.FLOAT32),
+        (FLOAT32, LogitStorage.TILE_RELATIVE_FP16),
+        (FLOAT16, LogitStorage.TILE_RELATIVE_FP16),
+        (BFLOAT16, LogitStorage.FLOAT32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
 def test_every_class_dtype_and_storage(name, dtype, storage):
     inputs = linear_inputs(SMALL, gap=0.5, seed=2, dtype=dtype)
@@ -82,7 +90,7 @@ def test_n1_near_equal_models_where_16_bit_logits_fail(name, dtype, gap, storage
 
     The second half is how peers compute: one matrix product with 16-bit output, the loss in float32.
     """
-    shape = Shape(rows=12, vocab_size=1000, student_size=64, teacher_size=96)
+    shape = Shape(rows=8, vocab_size=1000, student_size=64, teacher_size=96)
     inputs, divergence = linear_inputs(shape, gap=gap, seed=3, dtype=dtype), DIVERGENCES[name]
     actual = check_linear_divergence(inputs, divergence, upstream_of(inputs), logits=storage)
     oracle = linear_divergence_oracle(inputs, divergence, upstream_of(inputs)).values
@@ -135,8 +143,7 @@ def test_s5_heads(head, dtype, storage):
     if dtype == FLOAT32:
         storage = LogitStorage.FLOAT32 if storage == LogitStorage.TILE_RELATIVE_FP16 else LogitStorage.AUTO
     inputs = linear_inputs(SMALL, gap=0.5, seed=5, dtype=dtype, **HEADS[head])
-    for divergence in (ReverseKL(), GeneralizedJSD(0.3)):
-        check_linear_divergence(inputs, divergence, upstream_of(inputs), logits=storage, loss_temperature=1.3)
+    check_linear_divergence(inputs, GeneralizedJSD(0.3), upstream_of(inputs), logits=storage, loss_temperature=1.3)
 
 
 def test_s5_the_two_sides_may_differ_in_everything():

@@ -19,8 +19,8 @@ from esr_kernels.testing.oracle import Results, converted, evaluate_linear_diver
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = math.nan, math.inf
 # The interpreter takes milliseconds for a row: few rows there, and the same chunk sizes relative to them.
-ROWS = 260 if DEVICE == "cuda" else 10
-CHUNKS = [1, 127, 128, ROWS, ROWS + 1, 4224] if DEVICE == "cuda" else [1, 3, 4, 9, ROWS, ROWS + 1]
+ROWS = 260 if DEVICE == "cuda" else 7
+CHUNKS = [1, 127, 128, ROWS, ROWS + 1, 4224] if DEVICE == "cuda" else [1, 3, 4, ROWS + 1]
 SHAPE = Shape(rows=ROWS, vocab_size=300, student_size=24, teacher_size=40)
 every_storage = pytest.mark.parametrize("storage", [LogitStorage.FLOAT32, LogitStorage.TILE_RELATIVE_FP16])
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -88,7 +88,7 @@ def test_n7_recomputed_and_kept_gradients_agree(dtype, storage):
     """The 5-unit path and the 8-unit path, one result."""
     inputs = linear_inputs(seed=2, dtype=dtype, has_bias=True)
     kept = run(inputs, ROWS, Schedule.KEEP, storage, GeneralizedJSD(0.5))
-    for chunk_rows in CHUNKS[:3]:
+    for chunk_rows in CHUNKS[:2]:
         recomputed = run(inputs, chunk_rows, Schedule.RECOMPUTE, storage, GeneralizedJSD(0.5))
         assert_agree(recomputed, kept, dtype, storage)
 
