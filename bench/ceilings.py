@@ -1,0 +1,102 @@
+"""What this machine can do, measured in the same run: its copy rate and the bare matrix products of the linear ops.
+
+The floor of a linear divergence is the sum of the products that no schedule can leave out:
+
+    logits of the student     (N, D) x (D, V)    bfloat16 to float32
+    logits of the teacher     (N, E) x (E, V)    bfloat16 to float32
+    d(hidden)                 (N, V) x (V, D)    bfloat16
+    d(weight)                 (V, N) x (N, D)    bfloat16, where the head is trained
+
+Nothing that our own schedule does beside them (conversions, slices, accumulation in float32) is part of it.
+"""
+
+from functools import cache
+
+import torch
+from timing import Stopwatch, summary
+from torch import Tensor
+
+from esr_kernels.testing.cases import Shape
+
+REPETITIONS = 20
+WARM_UP_CALLS = 3
+COPY_BYTES = 2**32
+SQUARE = 8192
+# Larger products are timed at this many rows (4 whole waves of tiles on 132 multiprocessors) and scaled.
+MOST_ROWS = 8448
+
+
+class Ceilings:
+    """Each figure is measured when it is first asked for."""
+
+    def __init__(self, stopwatch: Stopwatch, *, is_smoke: bool) -> None:
+        self.stopwatch, self.is_smoke = stopwatch, is_smoke
+        self.measured_gemms: dict[str, float] = {}
+
+    @cache  # noqa: B019 (one instance per run)
+    def copy_gb_per_s(self) -> float:
+        """Bytes read plus bytes written of a large copy, in GB/s."""
+        size = 2**16 if self.is_smoke else COPY_BYTES
+        source = torch.ones(size // 2, dtype=torch.int16, device=self.stopwatch.device)
+        target = torch.empty_like(source)
+        return 2e-6 * size / self._median_ms(lambda _: target.copy_(source))
+
+    @cache  # noqa: B019
+    def square_tflop_per_s(self) -> float:
+        """Rate of a bfloat16 product of two square matrices."""
+        size = 64 if self.is_smoke else SQUARE
+        a, b = self._normal(size, size), self._normal(size, size)
+        return 2e-9 * size**3 / self._median_ms(lambda _: a @ b)
+
+    @cache  # noqa: B019
+    def gemm_ms(self, product: str, rows: int, vocab_size: int, size: int) -> float:
+        """Time of one bare product: "logits", "hidden_gradient" or "weight_gradient"."""
+        measured_rows = min(rows, MOST_ROWS)
+        hidden, weight = self._normal(measured_rows, size), self._normal(vocab_size, size)
+        if product == "logits":
+            milliseconds = self._median_ms(lambda _: product_in_float32(hidden, weight.T))
+        else:
+            gradient = self._normal(measured_rows, vocab_size)
+            a, b = {"hidden_gradient": (gradient, weight), "weight_gradient": (gradient.T, hidden)}[product]
+            milliseconds = self._median_ms(lambda _: a @ b)
+        milliseconds *= rows / measured_rows
+        self.measured_gemms[f"{product} N={rows} V={vocab_size} D={size}"] = milliseconds
+        return milliseconds
+
+    def linear_floor_ms(self, shape: Shape, *, trains_head: bool) -> float:
+        """Sum of the bare products of the minimal schedule."""
+        rows, vocab_size = shape.rows, shape.vocab_size
+        floor = self.gemm_ms("logits", rows, vocab_size, shape.student_size)
+        floor += self.gemm_ms("logits", rows, vocab_size, shape.teacher_size)
+        floor += self.gemm_ms("hidden_gradient", rows, vocab_size, shape.student_size)
+        if trains_head:
+            floor += self.gemm_ms("weight_gradient", rows, vocab_size, shape.student_size)
+        return floor
+
+    def record(self) -> dict:
+        return {
+            "copy_gb_per_s": self.copy_gb_per_s(),
+            "square_bfloat16_tflop_per_s": self.square_tflop_per_s(),
+            "bare_products_ms": dict(self.measured_gemms),
+        }
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.stopwatch.device).bfloat16()
+
+    def _median_ms(self, call) -> float:
+        repetitions = 2 if self.is_smoke else REPETITIONS
+        self.stopwatch.samples(call, [None], WARM_UP_CALLS)
+        return summary(self.stopwatch.samples(call, [None], repetitions))["median_ms"]
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 16-bit operands, summed and returned in float32; a CPU has no such product and converts first."""
+    if a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def linear_flop(shape: Shape, *, trains_head: bool) -> int:
+    """Floating-point operations of the minimal schedule."""
+    per_column = 2 * shape.rows * shape.vocab_size
+    return per_column * (shape.student_size * (3 if trains_head else 2) + shape.teacher_size)

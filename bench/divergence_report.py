@@ -1,0 +1,157 @@
+"""Tables and the figure of a result file of bench/bench_divergence.py, also for one that was brought from elsewhere.
+
+python bench/divergence_report.py bench/results/nvidia-h200/divergence.json
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from comparison import derived, largest_gradient_error
+
+from esr_distill.complete_files import complete_file, write_text
+
+COLUMNS = (
+    "setting",
+    "implementation",
+    "median ms",
+    "p10 to p90",
+    "GB/s",
+    "of copy rate",
+    "to products",
+    "TFLOP/s",
+    "value error",
+    "gradient error",
+    "peak GB",
+    "host ms",
+    "host waits",
+    "first call s",
+    "n",
+)
+SETTING_KEYS = ("divergence", "dtype", "pass", "N", "V")
+
+
+def table_row(row: dict, copy_gb_per_s: float) -> tuple[str, ...]:
+    """One row of results as text; columns as in COLUMNS."""
+    setting = ", ".join(str(row[key]) if key not in ("N", "V") else f"{key} {row[key]}" for key in SETTING_KEYS)
+    if row["case"] == "L7":
+        setting += f", mean KL {row['mean_divergence']:.2g}"
+    if row.get("d_weight") is False:
+        setting += ", head frozen"
+    name = row["implementation"]
+    if "schedule" in row:
+        name += f" ({row['storage']}, {row['schedule']}, chunk {row['chunk_rows']})"
+    if row["status"] != "timed":
+        message = row["message"].splitlines()
+        return setting, name, ": ".join([row["status"], *message[:1]])[:120], *("",) * (len(COLUMNS) - 3)
+    figures = derived(row, copy_gb_per_s)
+
+    def text(key: str, pattern: str, scale: float = 1.0) -> str:
+        value = figures.get(key, row.get(key))
+        return "" if value is None else pattern.format(scale * value)
+
+    value_error, gradient_error = row["errors"].get("divergence"), largest_gradient_error(row)
+    return (
+        setting,
+        name,
+        text("median_ms", "{:.3f}"),
+        text("p10_ms", "{:.3f} to ") + text("p90_ms", "{:.3f}"),
+        text("gb_per_s", "{:.0f}"),
+        text("share_of_copy", "{:.0%}") + text("schedule_share_of_copy", " ({:.0%})"),
+        text("ratio_to_products", "{:.3f}"),
+        text("tflop_per_s", "{:.0f}"),
+        "" if value_error is None else f"{value_error:.1e}",
+        "" if math.isnan(gradient_error) else f"{gradient_error:.1e}",
+        text("peak_bytes", "{:.2f}", 1e-9),
+        text("host_ms", "{:.2f}"),
+        text("host_syncs", "{:.0f}"),
+        text("first_call_s", "{:.1f}"),
+        text("repetitions", "{:.0f}"),
+    )
+
+
+def markdown(results: dict) -> str:
+    """Every case as a table, with what it was measured on and against."""
+    machine, ceilings = results["machine"], results["ceilings"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    lines = ["# Divergence ops: measured", ""]
+    if results["is_smoke"]:
+        lines += ["**Smoke run in Triton's interpreter on tiny shapes: no figure here means anything.**", ""]
+    lines += [
+        f"{machine['gpu'] or machine['processor']}, Python {machine['python']}, {versions}, commit {machine['commit']}.",
+        "" if results["is_finished"] else "**The run was not finished: later cases are missing.**",
+        f"Copy {ceilings['copy_gb_per_s']:.0f} GB/s (read plus written); square bfloat16 product "
+        f"{ceilings['square_bfloat16_tflop_per_s']:.0f} TFLOP/s.",
+        "",
+        "Shares of the copy rate are by the bytes that no schedule avoids, in brackets by those of our own schedule. Ratios "
+        "are to the sum of the bare matrix products of the minimal schedule. Errors are in norm, against float64; of the "
+        "gradients the largest. Host ms is what it takes to enqueue a call. Peak memory is beyond the inputs, with results.",
+        "",
+    ]
+    for case in dict.fromkeys(row["case"] for row in results["rows"]):
+        rows = [table_row(row, ceilings["copy_gb_per_s"]) for row in results["rows"] if row["case"] == case]
+        lines += [f"## {case}", "", "| " + " | ".join(COLUMNS) + " |"]
+        lines += ["|" + " --- |" * 2 + " ---: |" * (len(COLUMNS) - 2)]
+        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows] + [""]
+    lines += ["## Bare matrix products", "", "| product | ms |", "| --- | ---: |"]
+    lines += [f"| {name} | {milliseconds:.3f} |" for name, milliseconds in ceilings["bare_products_ms"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_rows(results: dict) -> list[dict]:
+    return [row for row in results["rows"] if row["case"] == "L7" and row["status"] == "timed"]
+
+
+def write_figure(results: dict, path: Path) -> None:
+    """Gradient error against time, one line per implementation through its points from far apart to nearly converged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = accuracy_rows(results)
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        points = [row for row in rows if row["implementation"] == name]
+        x, y = [row["median_ms"] for row in points], [largest_gradient_error(row) for row in points]
+        axes.plot(x, y, marker="o", linewidth=1, label=name)
+        for row, left, height in zip(points, x, y, strict=True):
+            axes.annotate(
+                f"{row['mean_divergence']:.1g}", (left, height), fontsize=6, xytext=(4, 2), textcoords="offset points"
+            )
+    axes.axhline(2e-3, color="gray", linestyle=":", linewidth=1)
+    axes.set(
+        xlabel="time of forward and backward (ms)",
+        ylabel="error of the gradient in norm, against float64",
+        yscale="log",
+        title="smoke run: no figure here means anything" if results["is_smoke"] else results["machine"]["gpu"],
+    )
+    axes.legend(fontsize=7, title="labels: mean divergence in nats", title_fontsize=7)
+    figure.tight_layout()
+    with complete_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
+    plt.close(figure)
+
+
+def write_report(results: dict, path: Path) -> list[Path]:
+    """Tables beside the result file `path`, and the figure where L7 was measured; what was written."""
+    written = [path.with_suffix(".md")]
+    write_text(written[0], markdown(results))
+    if accuracy_rows(results):
+        written.append(path.with_name(f"{path.stem}-accuracy.png"))
+        write_figure(results, written[1])
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path, help="a result file, e.g. bench/results/nvidia-h200/divergence.json")
+    path = parser.parse_args(argv).result
+    print(*write_report(json.loads(path.read_text(encoding="utf-8")), path), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

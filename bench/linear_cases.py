@@ -1,0 +1,204 @@
+"""L1 to L5 and L7: `linear_divergence` from hidden states and output heads, compute-bound.
+
+    L1  both KLs, student and teacher of different width, head trained: storages and schedules of ours, full logits, peers
+    L2  Jensen-Shannon, the same
+    L3  frozen head: the gradient of the hidden states alone
+    L4  64,000 rows
+    L5  row counts from 320 to 6400: does any fall off the waves of the products' tiles?
+    L7  error of the gradient against time, from far apart (about 0.5 nats) to nearly converged (5e-4)
+
+Upstream gradients are normal, one per row. For the gate all but 256 of them are 0: the gradient of the head is then a sum
+over those rows, which the oracle can afford, while the op runs over all rows and chunks as it does when it is timed.
+Inputs are not rotated: the heads alone are 1.9 GB.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from baselines import compiled, from_hidden, run_on_hidden
+from ceilings import Ceilings, linear_flop
+from comparison import SOMETHING_ELSE, Candidate, Gate, Group, gate_rows, only_at
+from peers import PEERS
+from settings import Settings
+
+from esr_kernels import Impl, LogitStorage
+from esr_kernels.linear_divergence.matrix_product import gradient_dtype
+from esr_kernels.linear_divergence.plan import LinearPlan, default_workspace_bytes, plan_linear_divergence
+from esr_kernels.testing.cases import DIVERGENCES, Shape
+from esr_kernels.testing.inputs import LinearInputs, make_linear_inputs, make_upstream
+from esr_kernels.testing.oracle import evaluate_linear_divergence, linear_divergence_oracle
+
+FLOAT32, TILE_RELATIVE, AUTO = LogitStorage.FLOAT32, LogitStorage.TILE_RELATIVE_FP16, LogitStorage.AUTO
+HEAD_TRAINED = ("student_hidden", "student_weight")
+HEAD_FROZEN = ("student_hidden",)
+EAGER, COMPILED_16, COMPILED_32 = "eager", "compile, bfloat16 logits", "compile, float32 logits"
+
+
+def l1_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
+    ours = [(FLOAT32, None), (TILE_RELATIVE, None), (AUTO, None)]
+    reverse = partial(
+        linear_group,
+        settings,
+        ceilings,
+        "L1",
+        "reverse_kl",
+        ours=[*ours, (FLOAT32, settings.recompute_bytes), (TILE_RELATIVE, settings.recompute_bytes)],
+        others=(EAGER, COMPILED_16, COMPILED_32, *PEERS),
+    )
+    return [reverse, partial(linear_group, settings, ceilings, "L1", "forward_kl", ours=ours, others=tuple(PEERS))]
+
+
+def l2_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
+    ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
+    others = (COMPILED_16, COMPILED_32, *PEERS)
+    return [partial(linear_group, settings, ceilings, "L2", "jsd_0.5", ours=ours, others=others)]
+
+
+def l3_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
+    ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
+    others = (COMPILED_16, COMPILED_32, *PEERS)
+    group = partial(linear_group, settings, ceilings, "L3", "reverse_kl", ours=ours, others=others)
+    return [partial(group, trained=HEAD_FROZEN)]
+
+
+def l4_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
+    shape = replace(settings.shape, rows=settings.many_rows)
+    ours = [(AUTO, None), (TILE_RELATIVE, None), (FLOAT32, settings.keep_bytes)]
+    others = (COMPILED_16, COMPILED_32, *PEERS)
+    return [partial(linear_group, settings, ceilings, "L4", "reverse_kl", shape=shape, ours=ours, others=others)]
+
+
+def l5_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
+    group = partial(linear_group, settings, ceilings, "L5", "reverse_kl", ours=[(AUTO, None)])
+    return [partial(group, shape=replace(settings.shape, rows=rows)) for rows in settings.row_counts]
+
+
+def l7_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
+    ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
+    others = (EAGER, COMPILED_16, COMPILED_32, *PEERS)
+    group = partial(linear_group, settings, ceilings, "L7", "reverse_kl", ours=ours, others=others)
+    # 16-bit logits are meant to be wrong here.
+    return [partial(group, gap=gap, norm_limit=float("inf")) for gap in settings.gaps]
+
+
+def linear_group(
+    settings: Settings,
+    ceilings: Ceilings,
+    case: str,
+    name: str,
+    *,
+    ours: list[tuple[LogitStorage, int | None]],
+    others: tuple[str, ...] = (),
+    shape: Shape | None = None,
+    trained: tuple[str, ...] = HEAD_TRAINED,
+    gap: float = 0.5,
+    norm_limit: float = SOMETHING_ELSE,
+) -> Group:
+    """Ours in each (storage, workspace in bytes), and the named others."""
+    shape = shape or settings.shape
+    trains_head = trained == HEAD_TRAINED
+    inputs = make_linear_inputs(shape, gap=gap, dtype=torch.bfloat16, device=settings.device)
+    upstream_N = make_upstream(shape.rows, seed=1, device=settings.device)
+    candidates = [our_candidate(inputs, name, trained, *setting) for setting in ours]
+    for other in others:
+        run = other_run(other, name, trains_head, settings.compile_backend)
+        candidates.append(Candidate(other, run, is_ours=False, norm_limit=norm_limit))
+    gate = linear_gate(inputs, name, trained, upstream_N)
+    return Group(
+        case=case,
+        setting={
+            "divergence": name,
+            "dtype": "bfloat16",
+            "pass": "forward and backward",
+            "N": shape.rows,
+            "V": shape.vocab_size,
+            "D": shape.student_size,
+            "E": shape.teacher_size,
+            "gap": gap,
+            "mean_divergence": gate(FLOAT32).oracle.values["divergence"].mean().item(),
+            "d_weight": trains_head,
+            "upstream": "normal, one per row",
+        },
+        inputs=[inputs],
+        upstream_N=upstream_N,
+        gate=gate,
+        gate_upstream_N=only_at(gate_rows(shape.rows, upstream_N.device), upstream_N),
+        candidates=candidates,
+        counted_bytes=0,
+        counted_flop=linear_flop(shape, trains_head=trains_head),
+        floor_ms=ceilings.linear_floor_ms(shape, trains_head=trains_head),
+    )
+
+
+def our_candidate(
+    inputs: LinearInputs, name: str, trained: tuple[str, ...], storage: LogitStorage, workspace_bytes: int | None
+) -> Candidate:
+    plan = plan_of(inputs, trained, storage, workspace_bytes)
+    run = partial(
+        evaluate_linear_divergence,
+        divergence=DIVERGENCES[name],
+        impl=Impl.FUSED,
+        trained=trained,
+        logits=storage,
+        workspace_bytes=workspace_bytes,
+    )
+    return Candidate(
+        f"ours, {storage.value}" + ("" if workspace_bytes is None else f", workspace {workspace_bytes / 1e9:.3g} GB"),
+        lambda inputs, upstream_N: run(inputs, upstream_N=upstream_N),
+        storage=plan.storage,
+        facts={
+            "storage": plan.storage.value,
+            "schedule": plan.schedule.value,
+            "chunk_rows": plan.chunk_rows,
+            "workspace_bytes": workspace_bytes,
+        },
+    )
+
+
+def plan_of(
+    inputs: LinearInputs, trained: tuple[str, ...], storage: LogitStorage, workspace_bytes: int | None
+) -> LinearPlan:
+    """What the op will choose, for the record."""
+    hidden_N_D, weight_V_D = inputs.student_hidden_N_D, inputs.student_head.weight
+    return plan_linear_divergence(
+        hidden_N_D.shape[0],
+        weight_V_D.shape[0],
+        needs_hidden_gradient=True,
+        needs_head_gradient="student_weight" in trained,
+        gradient_itemsize=gradient_dtype(hidden_N_D, weight_V_D).itemsize,
+        storage=storage,
+        workspace_bytes=workspace_bytes or default_workspace_bytes(hidden_N_D.device),
+    )
+
+
+@cache  # so that L7 compiles once for all gaps
+def other_run(other: str, name: str, trains_head: bool, backend: str) -> Callable:
+    if other in PEERS:
+        return partial(PEERS[other], name=name, trains_head=trains_head)
+    function = from_hidden(name, has_float32_logits=other == COMPILED_32)
+    if other != EAGER:
+        function = compiled(function, backend)
+    return partial(run_on_hidden, function, trains_head=trains_head)
+
+
+def linear_gate(
+    inputs: LinearInputs, name: str, trained: tuple[str, ...], upstream_N: torch.Tensor
+) -> Callable[[LogitStorage], Gate]:
+    """The oracle on some of the rows, with the bounds of a storage."""
+    rows = gate_rows(len(upstream_N), upstream_N.device)
+    some = inputs._replace(
+        student_hidden_N_D=inputs.student_hidden_N_D[rows], teacher_hidden_N_E=inputs.teacher_hidden_N_E[rows]
+    )
+    arguments = some, DIVERGENCES[name], upstream_N[rows]
+
+    @cache
+    def gate(storage: LogitStorage) -> Gate:
+        return Gate(
+            rows,
+            linear_divergence_oracle(*arguments, trained=trained, logits=storage),
+            evaluate_linear_divergence(*arguments, impl=Impl.REFERENCE, trained=trained),
+        )
+
+    return gate

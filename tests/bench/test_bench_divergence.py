@@ -1,0 +1,275 @@
+"""Does the benchmark of the divergences measure what it says, and refuse what is wrong?
+
+python -m pytest tests/bench/test_bench_divergence.py
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from esr_kernels import Impl
+from esr_kernels.testing.cases import DIVERGENCES
+from esr_kernels.testing.inputs import make_logit_pair, make_upstream
+from esr_kernels.testing.oracle import evaluate_token_divergence
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL_CASES = ("K1", "L1", "L7", "L3", "L2", "L5", "K2", "K3", "L4", "tiles", "slices")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Import a module of bench by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "bench"))
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def smoke_folder(tmp_path_factory):
+    """Every case once, in a process of its own: the interpreter must be chosen before Triton is imported."""
+    folder = tmp_path_factory.mktemp("smoke")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    script, cases = str(ROOT / "bench" / "bench_divergence.py"), ",".join(ALL_CASES)
+    command = [sys.executable, "-W", "ignore", script, "--smoke", "--out", str(folder), "--cases", cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke(smoke_folder):
+    (path,) = smoke_folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def rows_of(results: dict, case: str, **setting) -> list[dict]:
+    rows = [row for row in results["rows"] if row["case"] == case]
+    return [row for row in rows if all(row.get(key) == value for key, value in setting.items())]
+
+
+def test_every_case_runs_and_every_gate_holds(smoke):
+    assert smoke["is_finished"] and smoke["is_smoke"] and smoke["failed_groups"] == []
+    assert tuple(dict.fromkeys(row["case"] for row in smoke["rows"])) == ALL_CASES
+    for row in smoke["rows"]:
+        is_peer = row["implementation"].startswith(("TRL", "Liger"))
+        assert row["status"] == "timed" or (is_peer and row["status"] == "not installed"), row
+        if row["status"] == "timed":
+            assert row["repetitions"] >= 2 and 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+
+
+def test_every_storage_and_schedule_is_measured(smoke):
+    ours = [row for row in smoke["rows"] if "schedule" in row]
+    assert {row["schedule"] for row in ours} == {"keep", "hidden", "recompute"}
+    assert {row["storage"] for row in ours} == {"float32", "tile_relative_fp16"}
+    assert {row["chunk_rows"] for row in rows_of(smoke, "L1", schedule="recompute")} == {1}
+    assert {row["d_weight"] for row in rows_of(smoke, "L3")} == {False}
+
+
+def test_work_is_counted_as_by_hand(smoke):
+    sizes = {"divergence": "jsd_0.5", "implementation": "ours", "N": 1, "V": 200}
+    (forward,) = rows_of(smoke, "K1", dtype="float16", **{"pass": "forward"}, **sizes)
+    (both,) = rows_of(smoke, "K1", dtype="float32", **{"pass": "forward and backward"}, **sizes)
+    # Jensen-Shannon reads both sides twice in forward and once in backward, where it writes the gradient.
+    assert (forward["counted_bytes"], forward["schedule_bytes"]) == (2 * 2 * 200, 4 * 2 * 200)
+    assert (both["counted_bytes"], both["schedule_bytes"]) == (3 * 4 * 200, 7 * 4 * 200)
+    # 2 N V (D + E) for the logits, 2 N V D for each gradient
+    assert {row["counted_flop"] for row in rows_of(smoke, "L1")} == {2 * 400 * (16 + 24 + 16 + 16)}
+    assert {row["counted_flop"] for row in rows_of(smoke, "L3")} == {2 * 400 * (16 + 24 + 16)}
+
+
+def test_errors_are_those_of_the_precision(smoke):
+    for row in rows_of(smoke, "K1", dtype="float32", **{"pass": "forward and backward"}):
+        assert row["errors"]["grad_student_logits"] < 1e-5, row
+    near = {row["implementation"]: row for row in rows_of(smoke, "L7", gap=0.1) if row["status"] == "timed"}
+    assert near["compile, bfloat16 logits"]["errors"]["grad_student_hidden"] > 0.02
+    for name in ("ours, float32", "ours, tile_relative_fp16"):
+        assert set(near[name]["errors"]) == {"divergence", "grad_student_hidden", "grad_student_weight"}
+        assert max(near[name]["errors"].values()) < 5e-3
+
+
+def test_the_report_says_that_a_smoke_run_means_nothing(smoke, smoke_folder):
+    (report,) = smoke_folder.glob("*.md")
+    text = report.read_text()
+    assert "no figure here means anything" in text
+    table_rows = [line for line in text.splitlines() if line.startswith("| ") and line.count("|") > 10]
+    assert len(table_rows) == len(smoke["rows"]) + 2 * len(ALL_CASES)  # a heading and a rule for each case
+    assert "float32, keep, chunk 2" in text
+    (figure,) = smoke_folder.glob("*.png")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def group_of(bench):
+    """A group of given candidates for reverse KL on a few float32 rows, against the reference."""
+    comparison, logit_cases = bench("comparison"), bench("logit_cases")
+    inputs, upstream_N = make_logit_pair(5, 67), make_upstream(5, seed=1)
+
+    def make(*candidates):
+        return comparison.Group(
+            case="K1",
+            setting={"divergence": "reverse_kl", "dtype": "float32", "pass": "forward and backward", "N": 5, "V": 67},
+            inputs=[inputs],
+            upstream_N=upstream_N,
+            gate=logit_cases.token_gate(inputs, "reverse_kl", upstream_N),
+            gate_upstream_N=upstream_N,
+            candidates=list(candidates),
+            counted_bytes=3 * 4 * 5 * 67,
+            counted_flop=0,
+        )
+
+    return make
+
+
+def right(inputs, upstream_N):
+    return evaluate_token_divergence(inputs, DIVERGENCES["reverse_kl"], upstream_N, impl=Impl.REFERENCE)
+
+
+def slightly_wrong(inputs, upstream_N):
+    results = right(inputs, upstream_N)
+    results["grad_student_logits"][3, 40] += 1e-4
+    return results
+
+
+def something_else(inputs, upstream_N):
+    return evaluate_token_divergence(inputs, DIVERGENCES["forward_kl"], 2 * upstream_N, impl=Impl.REFERENCE)
+
+
+def broken(inputs, upstream_N):
+    raise RuntimeError("no kernel image")
+
+
+def test_a_red_gate_is_not_timed_and_costs_the_others_nothing(bench, group_of):
+    comparison, timing, peers = bench("comparison"), bench("timing"), bench("peers")
+
+    def absent(inputs, upstream_N):
+        raise peers.NotInstalled("peer: not here")
+
+    group = group_of(
+        comparison.Candidate("ours", slightly_wrong),
+        comparison.Candidate("inexact", slightly_wrong, is_ours=False, norm_limit=0.5),
+        comparison.Candidate("other quantity", something_else, is_ours=False, norm_limit=0.5),
+        comparison.Candidate("broken", broken),
+        comparison.Candidate("absent", absent, is_ours=False),
+        comparison.Candidate("right", right),
+    )
+    stopwatch = timing.Stopwatch(torch.device("cpu"))
+    rows = {row["implementation"]: row for row in comparison.measured_rows(group, stopwatch, timing.Budget(0.1, 1))}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "ours": "refused",
+        "inexact": "timed",
+        "other quantity": "refused",
+        "broken": "failed",
+        "absent": "not installed",
+        "right": "timed",
+    }
+    assert "grad_student_logits: largest error" in rows["ours"]["message"]
+    assert rows["ours"]["errors"]["grad_student_logits"] > 1e-6
+    assert rows["broken"]["message"] == "RuntimeError: no kernel image"
+    assert "median_ms" not in rows["ours"] and "median_ms" in rows["right"]
+    assert [row["implementation"] for row in bench("bench_divergence").our_failures({"rows": list(rows.values())})] == [
+        "ours",
+        "broken",
+    ]
+
+
+def test_a_killed_run_keeps_what_it_has(bench, group_of, tmp_path, monkeypatch):
+    main, comparison = bench("bench_divergence"), bench("comparison")
+
+    def killed():
+        raise KeyboardInterrupt
+
+    def failing():
+        raise ValueError("no memory for inputs")
+
+    groups = [partial(group_of, comparison.Candidate("ours", right)), failing, killed]
+    monkeypatch.setitem(main.CASES, "K1", lambda settings, ceilings: groups)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(KeyboardInterrupt):
+        main.main(["--smoke", "--cases", "K1", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "divergence-K1.json").read_text())
+    assert [row["implementation"] for row in results["rows"]] == ["ours"]
+    assert results["failed_groups"] == [{"case": "K1", "message": "ValueError: no memory for inputs"}]
+    assert not results["is_finished"]
+    assert "was not finished" in bench("divergence_report").markdown(results)
+
+
+def test_a_budget_drops_repetitions_and_never_all(bench):
+    budget = bench("timing").Budget(1000.0, 10)
+    assert budget.repetitions(call_seconds=1e-3, num_candidates=4) == 50
+    assert budget.repetitions(call_seconds=1.0, num_candidates=4) == 8  # 0.4 * 1000 s / 10 groups / 4, in whole rounds
+    assert budget.repetitions(call_seconds=60.0, num_candidates=4) == 4
+    assert bench("timing").Budget(1e-9, 10).repetitions(call_seconds=1e-3, num_candidates=1) == 4
+
+
+def test_summary_is_by_percentiles_and_the_least_host_time(bench):
+    timing = bench("timing")
+    samples = [timing.Sample(device_ms, 11 - device_ms) for device_ms in range(11)]
+    assert timing.summary(samples) == pytest.approx(
+        {"median_ms": 5, "p10_ms": 1, "p90_ms": 9, "repetitions": 11, "host_ms": 1}
+    )
+
+
+def test_rates_and_ratios(bench):
+    derived = bench("comparison").derived
+    memory = {"status": "timed", "median_ms": 2.0, "floor_ms": None, "counted_bytes": 6e9, "schedule_bytes": 8e9}
+    assert derived(memory, copy_gb_per_s=4000) == pytest.approx(
+        {"gb_per_s": 3000, "share_of_copy": 0.75, "schedule_share_of_copy": 1.0}
+    )
+    compute = {"status": "timed", "median_ms": 15.0, "floor_ms": 12.0, "counted_flop": 9e12}
+    assert derived(compute, copy_gb_per_s=4000) == pytest.approx({"ratio_to_products": 1.25, "tflop_per_s": 600})
+    assert derived({"status": "refused"}, copy_gb_per_s=4000) == {}
+
+
+def test_the_floor_is_the_sum_of_the_products(bench, monkeypatch):
+    ceilings, timing = bench("ceilings"), bench("timing")
+    shape = ceilings.Shape(rows=4, vocab_size=10, student_size=3, teacher_size=5)
+    measured = ceilings.Ceilings(timing.Stopwatch(torch.device("cpu")), is_smoke=True)
+    milliseconds = {
+        ("logits", 3): 1.0,
+        ("logits", 5): 10.0,
+        ("hidden_gradient", 3): 100.0,
+        ("weight_gradient", 3): 1000.0,
+    }
+    monkeypatch.setattr(measured, "gemm_ms", lambda product, rows, vocab_size, size: milliseconds[product, size])
+    assert measured.linear_floor_ms(shape, trains_head=True) == 1111.0
+    assert measured.linear_floor_ms(shape, trains_head=False) == 111.0
+
+
+def test_a_sweep_restores_the_constant_and_knows_its_name(bench):
+    sweeps = bench("sweeps")
+    before = sweeps.backward.SLICE_IDS
+    with sweeps.constant_as("SLICE_IDS", 128, (sweeps.backward,)):
+        assert [ids.stop - ids.start for ids in sweeps.backward.vocab_slices(300)] == [128, 128, 44]
+    assert sweeps.backward.SLICE_IDS == before
+    with pytest.raises(AttributeError, match="SLICE_WIDTH"):
+        with sweeps.constant_as("SLICE_WIDTH", 128, (sweeps.backward,)):
+            pass
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--cases", "K1,K9"], "--cases: must be among K1,.*, got K9"),
+        (["--cases", "K1,K1"], "--cases: must name each case once, got K1,K1"),
+        (["--budget-seconds", "0"], "--budget-seconds: must be > 0, got 0"),
+        (
+            ["--smoke", "--out", str(ROOT / "bench" / "results" / "x")],
+            "--out must not be under bench/results with --smoke",
+        ),
+        pytest.param([], "needs a CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")),
+    ],
+)
+def test_wrong_arguments_are_errors(bench, monkeypatch, capsys, arguments, message):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        bench("bench_divergence").main(["--out", "runs/x", *arguments])
+    assert re.search(message, capsys.readouterr().err)
