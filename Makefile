@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/installed
 INSTALLED_GGUF := $(VENV)/installed-gguf
 
-.PHONY: help venv demo demo-pointer demo-real test kernels check fix gpu wheels clean
+.PHONY: help venv demo demo-pointer demo-real test kernels bench bench-smoke check fix gpu wheels clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -32,6 +32,12 @@ test: $(INSTALLED)  ## the test suite; tests that need a CUDA device are skipped
 kernels: $(INSTALLED)  ## registers, shared memory and spills of every kernel on sm_80, sm_90, sm_100; no GPU needed
 	$(BIN)/python tests/kernels/compiled_kernels.py
 
+bench: $(INSTALLED)  ## on a CUDA machine: time the ops, each behind its correctness gate (CASES=K1,L1 OUT=folder)
+	$(BIN)/python bench/bench_divergence.py $(if $(CASES),--cases $(CASES)) $(if $(OUT),--out $(OUT))
+
+bench-smoke: $(INSTALLED)  ## every case of the benchmark on tiny shapes, no GPU needed; its times mean nothing
+	TRITON_INTERPRET=1 $(BIN)/python bench/bench_divergence.py --smoke
+
 check: $(INSTALLED)  ## report lint and format errors; changes no file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,8 +48,8 @@ fix: $(INSTALLED)  ## repair what `make check` reports, where a machine can
 
 # For a machine with a GPU, its own torch >= 2.11 and no network: nothing is installed but the wheels carried in WHEELS,
 # and of those only the ones the machine lacks. Never run so far on a GPU; the path without one ends in a clear error.
-gpu:  ## on a CUDA machine, with its own Python: GPU tests, then the demo (WHEELS=folder OUT=folder)
-	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" OUT="$(OUT)" .ci/gpu
+gpu:  ## on a CUDA machine, with its own Python: GPU tests, benchmark, demo (WHEELS=folder OUT=folder COMMIT=name)
+	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" OUT="$(OUT)" COMMIT="$(COMMIT)" .ci/gpu
 
 # Versions come from constraints.txt; packages with compiled parts are taken for CPython 3.12 on x86-64 Linux.
 CARRIED := pytest pluggy iniconfig pygments packaging jsonargparse docstring-parser typeshed-client typing-extensions \

@@ -1,8 +1,8 @@
 """Times of the fused divergence ops on a GPU, each behind its correctness gate, against what torch offers and the peers.
 
-python bench/bench_divergence.py --out bench/results/nvidia-h200        # about 4 minutes
-python bench/bench_divergence.py --out bench/results/nvidia-h200 --cases tiles,slices
-TRITON_INTERPRET=1 python bench/bench_divergence.py --out runs/bench-smoke --smoke
+python bench/bench_divergence.py                           # results to bench/results/ and the GPU's name
+python bench/bench_divergence.py --cases tiles,slices
+TRITON_INTERPRET=1 python bench/bench_divergence.py --smoke     # results to runs/bench-smoke
 
 Cases: K1 to K3 in bench/logit_cases.py, L1 to L5 and L7 in bench/linear_cases.py, the sweeps in bench/sweeps.py. After each
 group of rows the result file is written whole: a run that is killed keeps what it has measured. The exit status is 1 when
@@ -15,6 +15,7 @@ mean nothing and it writes nowhere under bench/results.
 import argparse
 import gc
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from esr_distill.complete_files import write_json
 from esr_distill.machine import machine_record
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 GroupMakers = list[Callable[[], Group]]
 # In the order of a default run: what is wanted most comes first.
 CASES: dict[str, Callable[[Settings, Ceilings], GroupMakers]] = {
@@ -76,7 +78,7 @@ def positive_seconds(text: str) -> float:
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results, e.g. bench/results/nvidia-h200")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: bench/results/ and the GPU's name")
     parser.add_argument(
         "--cases", type=case_names, default=DEFAULT_CASES, help=f"among {','.join(CASES)}; default: all but the sweeps"
     )
@@ -89,10 +91,14 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     if options.smoke:
         if os.environ.get("TRITON_INTERPRET") != "1":
             parser.error("--smoke runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1")
-        if options.out.resolve().is_relative_to(ROOT / "bench" / "results"):
+        options.out = options.out or ROOT / "runs" / "bench-smoke"
+        if options.out.resolve().is_relative_to(RESULTS):
             parser.error(f"--out must not be under bench/results with --smoke, got {options.out}")
     elif not torch.cuda.is_available():
         parser.error(f"needs a CUDA device, and torch {torch.__version__} sees none; 'make bench-smoke' needs none")
+    else:
+        gpu = "-".join(re.findall("[a-z0-9]+", torch.cuda.get_device_name().lower()))
+        options.out = options.out or RESULTS / gpu
     return options
 
 

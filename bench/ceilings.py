@@ -89,11 +89,20 @@ class Ceilings:
         return summary(self.stopwatch.samples(call, [None], repetitions))["median_ms"]
 
 
+@torch.library.custom_op("esr_bench::product_in_float32", mutates_args=())
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 16-bit operands, summed and returned in float32; a CPU has no such product and converts first."""
+    """a @ b of 16-bit operands, summed and returned in float32; a CPU has no such product and converts first.
+
+    An op of its own, because torch.compile does not take torch.mm with out_dtype in every version.
+    """
     if a.device.type == "cpu":
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
+
+
+@product_in_float32.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
 def linear_flop(shape: Shape, *, trains_head: bool) -> int:

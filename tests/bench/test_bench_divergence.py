@@ -273,3 +273,12 @@ def test_wrong_arguments_are_errors(bench, monkeypatch, capsys, arguments, messa
     with pytest.raises(SystemExit):
         bench("bench_divergence").main(["--out", "runs/x", *arguments])
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_smoke_run_and_a_selection_have_places_of_their_own(bench, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    main = bench("bench_divergence")
+    assert main.parsed(["--smoke"]).out == ROOT / "runs" / "bench-smoke"
+    assert main.result_file(Path("x"), main.DEFAULT_CASES) == Path("x/divergence.json")
+    assert main.result_file(Path("x"), ("tiles", "K1")) == Path("x/divergence-tiles-K1.json")
+    assert set(main.DEFAULT_CASES) == set(ALL_CASES) - {"tiles", "slices"}
