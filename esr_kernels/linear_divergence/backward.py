@@ -70,28 +70,32 @@ class HeadGradient:
 
     def of_one_chunk(self, gradient_N_V: Tensor) -> Tensor:
         """The gradient where all rows are one chunk: no float32 copy of it, but for one slice, ever exists."""
-        gradient_V_D = self._zeros()
         vocab_size = gradient_N_V.shape[1]
+        gradient_V_D = self._allocate(vocab_size)
         shape = (min(vocab_size, SLICE_IDS), self.operand_N_D.shape[1])
         buffer = self.operand_N_D.new_empty(shape, dtype=torch.float32)
         for ids in vocab_slices(vocab_size):
             slice_M_D = buffer[: ids.stop - ids.start]
             self._product(slice(None), gradient_N_V[:, ids], slice_M_D, accumulate=False)
-            gradient_V_D[ids] = slice_M_D * self.unit
+            torch.mul(slice_M_D, self.unit, out=gradient_V_D[ids])
         return gradient_V_D.view_as(self.like)
 
     def result(self) -> Tensor:
-        gradient_V_D = self._zeros()
+        """The gradient of the chunks that were added."""
+        vocab_size = 0 if self.sum_V_D is None else self.sum_V_D.shape[0]
+        gradient_V_D = self._allocate(vocab_size)
         if self.sum_V_D is not None:
-            gradient_V_D[: self.sum_V_D.shape[0]] = self.sum_V_D.mul_(self.unit)
+            torch.mul(self.sum_V_D, self.unit, out=gradient_V_D[:vocab_size])
         return gradient_V_D.view_as(self.like)
 
     def _product(self, rows: slice, gradient_n_M: Tensor, out_M_D: Tensor, accumulate: bool) -> None:
         matmul_float32(gradient_n_M.T, self.operand_N_D[rows], out=out_M_D, accumulate=accumulate)
 
-    def _zeros(self) -> Tensor:
-        """Zeros of the parameter's dtype, (V, D) or (V, 1): ids past the vocabulary cut keep them."""
-        return self.like.new_zeros((self.like.shape[0], self.operand_N_D.shape[1]))
+    def _allocate(self, vocab_size: int) -> Tensor:
+        """(V, D) or (V, 1) of the parameter's dtype; the ids past the vocabulary cut are 0, the others not yet written."""
+        gradient_V_D = self.like.new_empty((self.like.shape[0], self.operand_N_D.shape[1]))
+        gradient_V_D[vocab_size:].zero_()
+        return gradient_V_D
 
 
 def head_gradients(
@@ -122,7 +126,7 @@ def backward_of_kept(
     weight_N = row_weights(upstream_N, gradient_unit_N)
     hidden_gradient = None
     if needs.hidden:
-        sum_N_D = torch.zeros_like(hidden_N_D, dtype=torch.float32, memory_format=torch.contiguous_format)
+        sum_N_D = hidden_N_D.new_empty(hidden_N_D.shape, dtype=torch.float32)
         accumulate_hidden_gradient(gradient_logits_N_V, weight_V_D, sum_N_D)
         hidden_gradient = weigh_hidden_gradient(sum_N_D, weight_N, hidden_N_D.dtype)
     weight, bias = head_gradients(hidden_N_D, weight_V_D, bias_V, weight_N, gradient_logits_N_V.dtype, needs)
