@@ -105,7 +105,7 @@ def plan_linear_divergence(
 
     chosen = candidates[0]
     if len(candidates) > 1 and fitting_rows(chosen) < min(wanted_rows, GOOD_CHUNK_ROWS):
-        chosen = max(candidates, key=fitting_rows)
+        chosen = chosen if fitting_rows(chosen) >= fitting_rows(candidates[1]) else candidates[1]
     chunk_rows = fitting_rows(chosen)
     if chunk_rows < num_rows and chunk_rows >= 128:
         chunk_rows -= chunk_rows % 128
