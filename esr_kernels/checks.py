@@ -51,7 +51,7 @@ def check_positive(op: str, name: str, value: float) -> float:
     """Check that a Python number is finite and > 0; returns it as float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number > 0, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # not isfinite, which torch.compile does not trace for a number that varies
         raise ValueError(f"{op}: {name} must be finite and > 0, got {value}")
     return float(value)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+import esr_kernels.divergence as divergence_module
 from esr_kernels.divergence import Divergence
 from esr_kernels.elementary_kernel import expm1, log_quotient
 
@@ -137,20 +138,25 @@ def _power_term(logprob_a, logprob_b, log_a_over_b, power):
 
 
 class DivergenceKernel(NamedTuple):
-    """`function` of an event; `direction` of a KL, whose value needs no second sweep, else ""."""
+    """`function` of an event; `direction` of a KL, whose value needs no second sweep, else "".
+
+    `is_gradient_bounded`: no entry of d(logits) exceeds 3 in magnitude, however large the divergence. Else they stay below
+    3 + 2 (1 + |parameter|) times the divergence.
+    """
 
     function: triton.JITFunction
     direction: str = ""
+    is_gradient_bounded: bool = False
 
 
 # By `Divergence.kernel()`.
 DIVERGENCE_KERNELS = {
-    "ForwardKL": DivergenceKernel(forward_kl, "forward"),
+    "ForwardKL": DivergenceKernel(forward_kl, "forward", is_gradient_bounded=True),
     "ReverseKL": DivergenceKernel(reverse_kl, "reverse"),
-    "GeneralizedJSD": DivergenceKernel(generalized_jsd),
-    "SkewForwardKL": DivergenceKernel(skew_forward_kl),
+    "GeneralizedJSD": DivergenceKernel(generalized_jsd, is_gradient_bounded=True),
+    "SkewForwardKL": DivergenceKernel(skew_forward_kl, is_gradient_bounded=True),
     "SkewReverseKL": DivergenceKernel(skew_reverse_kl),
-    "TotalVariation": DivergenceKernel(total_variation),
+    "TotalVariation": DivergenceKernel(total_variation, is_gradient_bounded=True),
     "AlphaDivergence>=0.5": DivergenceKernel(alpha_at_least_half),
     "AlphaDivergence<0.5": DivergenceKernel(alpha_below_half),
 }
@@ -160,10 +166,11 @@ def choose_kernel(op: str, divergence: Divergence) -> tuple[str, float]:
     """`divergence.kernel()`, checked to be in the table.
 
     Raises:
-        NotImplementedError: it is a divergence without a device function.
+        NotImplementedError: it is a divergence without a device function, also if it shares its name with one of ours.
     """
     name, parameter = divergence.kernel()
-    if name not in DIVERGENCE_KERNELS:
+    namesake = getattr(divergence_module, type(divergence).__name__, type(divergence))
+    if name not in DIVERGENCE_KERNELS or namesake is not type(divergence):
         raise NotImplementedError(
             f"{op}: {type(divergence).__name__} has no kernel (esr_kernels/divergence_kernel.py lists "
             f"{', '.join(DIVERGENCE_KERNELS)}); add one, or pass impl=Impl.REFERENCE for plain PyTorch"

@@ -11,9 +11,9 @@ TILE_COLUMNS: tl.constexpr = tl.constexpr(128)
 
 @triton.jit
 def tile_columns(start, BLOCK_VOCAB: tl.constexpr):
-    """Column indices (BLOCK_VOCAB // 128, 128) of a tile and, for each of its rows, the index of its 128 columns."""
-    tile_index = start // TILE_COLUMNS + tl.arange(0, BLOCK_VOCAB // TILE_COLUMNS)[:, None]
-    return tile_index * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :], tile_index
+    """Column indices (BLOCK_VOCAB // 128, 128) of a tile and, (BLOCK_VOCAB // 128,), the index of the 128 columns in a row."""
+    tile_index = start // TILE_COLUMNS + tl.arange(0, BLOCK_VOCAB // TILE_COLUMNS)
+    return tile_index[:, None] * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :], tile_index
 
 
 @triton.jit
@@ -55,8 +55,13 @@ def load_logit_pair(
         student_relative = tl.load(student_row_ptr + columns, mask=is_inside, other=float("-inf")).to(tl.float32)
         teacher_relative = tl.load(teacher_row_ptr + columns, mask=is_inside, other=float("-inf")).to(tl.float32)
         teacher_relative += tl.where(is_stored_as_difference(student_relative), student_relative, 0.0)
-        student_logits = student_relative + tl.load(student_tile_max_ptr + tile_index, mask=has_tile, other=0.0)
-        teacher_logits = teacher_relative + tl.load(teacher_tile_max_ptr + tile_index, mask=has_tile, other=0.0)
+        student_tile_max = tl.load(student_tile_max_ptr + tile_index, mask=has_tile, other=0.0)
+        teacher_tile_max = tl.load(teacher_tile_max_ptr + tile_index, mask=has_tile, other=0.0)
+        if len(columns.shape) == 2:  # loaded once for each row of the tile, not once for each column
+            student_tile_max = student_tile_max[:, None]
+            teacher_tile_max = teacher_tile_max[:, None]
+        student_logits = student_relative + student_tile_max
+        teacher_logits = teacher_relative + teacher_tile_max
     student_logits = tl.where(is_wanted, student_logits, float("-inf"))
     return student_logits, tl.where(is_wanted, teacher_logits, float("-inf"))
 
@@ -80,13 +85,17 @@ def head_slope(logits, slope, softcap):
 @triton.jit
 def is_stop_column(columns, stop_ids_ptr, NUM_STOP_IDS: tl.constexpr):
     is_stop = columns < 0
-    for index in tl.static_range(NUM_STOP_IDS):
-        is_stop = is_stop | (columns == tl.load(stop_ids_ptr + index))
+    if NUM_STOP_IDS <= 16:
+        for index in tl.static_range(NUM_STOP_IDS):
+            is_stop = is_stop | (columns == tl.load(stop_ids_ptr + index))
+    else:  # unrolled, hundreds would take minutes to compile
+        for index in range(NUM_STOP_IDS):
+            is_stop = is_stop | (columns == tl.load(stop_ids_ptr + index))
     return is_stop
 
 
 @triton.jit
 def logsumexp(logits):
-    """log(sum(exp(logits))) of a vector, -inf where all are."""
+    """Maximum m of a vector and log(sum(exp(logits - m))); their sum is the log-sum-exp, -inf where all are."""
     largest = tl.max(logits)
-    return largest + tl.log(tl.sum(tl.exp(logits - finite_max(largest))))
+    return largest, tl.log(tl.sum(tl.exp(logits - finite_max(largest))))

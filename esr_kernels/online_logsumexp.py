@@ -16,12 +16,32 @@ def finite_max(running_max):
 
 @triton.jit
 def max_shift(old_max, new_max):
-    """old_max - new_max <= 0, by which the terms already summed move; 0 while there are none.
-
-    Bounded, so that sum * shift * exp(shift) of terms that vanish is 0 and not inf * 0.
-    """
-    shift = tl.maximum(old_max - finite_max(new_max), -1e30)
+    """old_max - new_max <= 0, by which the terms already summed move, finite; 0 while there are none."""
+    shift = tl.maximum(old_max - finite_max(new_max), -3e38)
     return tl.where(old_max == float("-inf"), 0.0, shift)
+
+
+@triton.jit
+def move_entropy_sum(weighted_sum, plain_sum, shift, rescale):
+    """sum(e * x) after each x has moved by `shift` and each e by the factor `rescale` = exp(shift)."""
+    return (weighted_sum + plain_sum * tl.where(rescale == 0, 0.0, shift)) * rescale
+
+
+@triton.jit
+def move_cross_sum(cross_sum, plain_sum, shift, rescale):
+    """The same where `shift` is a difference of two: huge, it leaves nothing of the sum if nothing is left of the e.
+
+    +inf stays: an event that one side excludes makes the sum infinite however small its e.
+    """
+    left_over = tl.where(cross_sum == float("inf"), cross_sum, 0.0)
+    return tl.where(rescale > 0, (cross_sum + plain_sum * shift) * rescale, left_over)
+
+
+@triton.jit
+def cross_term(exp_value, exponent, other_exponent):
+    """exp_value * (exponent - other_exponent): 0 where the event has no probability, +inf where only the other side has none."""
+    term = tl.where(other_exponent == float("-inf"), float("inf"), exp_value * (exponent - other_exponent))
+    return tl.where(exponent == float("-inf"), 0.0, term)
 
 
 @triton.jit
@@ -37,7 +57,7 @@ def update_top1(top1, running_max, tile_max, logits, columns):
 @triton.jit
 def times_exp(exp_value, exponent):
     """exp_value * exponent with 0 * -inf = 0: one term of sum(p log p)."""
-    return tl.where(exponent == float("-inf"), 0.0, exp_value * exponent)
+    return exp_value * tl.maximum(exponent, -1e30)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from esr_kernels.divergence import Divergence
 from esr_kernels.divergence_kernel import choose_kernel
@@ -11,6 +12,7 @@ from esr_kernels.linear_divergence.matrix_product import gradient_dtype
 from esr_kernels.linear_divergence.plan import Schedule, default_workspace_bytes, plan_linear_divergence
 from esr_kernels.logit_storage import LogitStorage
 from esr_kernels.output_head import OutputHead
+from esr_kernels.token_divergence.autograd import can_be_saved
 
 # Positions in the ops' argument list (registration.py) of what may get a gradient and of what selects the plan.
 STUDENT_HIDDEN, STUDENT_WEIGHT, STUDENT_BIAS, VOCAB_SIZE, SCHEDULE = 0, 1, 2, 15, 16
@@ -27,17 +29,18 @@ class LinearDivergence(torch.autograd.Function):
             Schedule.VALUE.value: (),
             Schedule.HIDDEN.value: (hidden_gradient,),
             Schedule.KEEP.value: (gradient_logits, gradient_unit, *arguments[: STUDENT_BIAS + 1]),
-            Schedule.RECOMPUTE.value: (gradient_unit, *(a for a in arguments if isinstance(a, Tensor))),
+            Schedule.RECOMPUTE.value: (gradient_unit, *(a for a in arguments if can_be_saved(a))),
         }[ctx.schedule]
         ctx.save_for_backward(*kept)
-        ctx.settings = tuple(None if isinstance(a, Tensor) else a for a in arguments)
-        ctx.is_tensor = tuple(isinstance(a, Tensor) for a in arguments)
+        ctx.settings = tuple(None if can_be_saved(a) else a for a in arguments)
+        ctx.is_saved = tuple(can_be_saved(a) for a in arguments)
         ctx.hidden_dtype = arguments[STUDENT_HIDDEN].dtype
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, *_) -> tuple[Tensor | None, ...]:
         gradients = [None] * len(ctx.settings)
         if upstream is None:
@@ -46,7 +49,7 @@ class LinearDivergence(torch.autograd.Function):
         if ctx.schedule == Schedule.HIDDEN.value:
             (hidden_gradient,) = ctx.saved_tensors
             # 0 for upstream 0, also where the row is NaN
-            weighted = torch.where(upstream[:, None] == 0, 0.0, hidden_gradient * upstream[:, None])
+            weighted = (hidden_gradient * upstream[:, None]).masked_fill_(upstream[:, None] == 0, 0.0)
             gradients[STUDENT_HIDDEN] = weighted.to(ctx.hidden_dtype)
             return tuple(gradients)
         if ctx.schedule == Schedule.KEEP.value:
@@ -56,7 +59,7 @@ class LinearDivergence(torch.autograd.Function):
         else:
             unit, *tensors = ctx.saved_tensors
             tensors = iter(tensors)
-            arguments = [next(tensors) if is_t else s for is_t, s in zip(ctx.is_tensor, ctx.settings, strict=True)]
+            arguments = [next(tensors) if is_t else s for is_t, s in zip(ctx.is_saved, ctx.settings, strict=True)]
             found = torch.ops.esr_kernels.linear_divergence_backward_by_recomputing(upstream, unit, needs, *arguments)
         for position, (gradient, is_needed) in enumerate(zip(found, needs, strict=True)):
             gradients[position] = gradient if is_needed else None

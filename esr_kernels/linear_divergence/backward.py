@@ -44,8 +44,9 @@ def row_weights(upstream_N: Tensor, gradient_unit_N: Tensor) -> Tensor:
     return torch.where(upstream_N == 0, 0.0, upstream_N.float() * gradient_unit_N)
 
 
-def weigh_hidden_gradient(hidden_gradient_N_D: Tensor, weight_N: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(weight_N[:, None] == 0, 0.0, hidden_gradient_N_D * weight_N[:, None]).to(dtype)
+def weigh_hidden_gradient(sum_N_D: Tensor, weight_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum * weight in `dtype`, 0 for weight 0; overwrites `sum_N_D`."""
+    return sum_N_D.mul_(weight_N[:, None]).masked_fill_(weight_N[:, None] == 0, 0.0).to(dtype)
 
 
 class HeadGradient:
@@ -129,6 +130,7 @@ def backward_of_kept(
         sum_N_D = hidden_N_D.new_empty(hidden_N_D.shape, dtype=torch.float32)
         accumulate_hidden_gradient(gradient_logits_N_V, weight_V_D, sum_N_D)
         hidden_gradient = weigh_hidden_gradient(sum_N_D, weight_N, hidden_N_D.dtype)
+        del sum_N_D
     weight, bias = head_gradients(hidden_N_D, weight_V_D, bias_V, weight_N, gradient_logits_N_V.dtype, needs)
     return (
         hidden_gradient,

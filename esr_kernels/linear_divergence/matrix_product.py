@@ -1,5 +1,7 @@
 """Matrix products with 16-bit operands and a float32 result, and float16 operands that lose nothing that matters."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,10 @@ def gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def matmul_float32(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b; summed and returned in float32. float32 operands follow PyTorch's TF32 setting."""
+    """out = a @ b, or out += a @ b; summed and returned in float32.
+
+    PyTorch's settings apply: TF32 to float32 operands; `allow_fp16_accumulation`, off by default, must stay off.
+    """
     if a.dtype == torch.float32 or a.device.type == "cpu":  # the CPU has no product of 16 bits into 32
         a, b = a.float(), b.float()
         torch.addmm(out, a, b, beta=1 if accumulate else 0, out=out)
@@ -46,9 +51,11 @@ def weighted_rows_as(dtype: torch.dtype, rows_N_D: Tensor, weight_N: Tensor) -> 
     The unit of float16 is a power of two that brings the largest entry to about 2^14. A row of weight 0 is 0 whatever it
     holds.
     """
-    weighted_N_D = torch.where(weight_N[:, None] == 0, 0.0, rows_N_D.float() * weight_N[:, None])
+    weighted_N_D = rows_N_D.float() * weight_N[:, None]
+    weighted_N_D.masked_fill_(weight_N[:, None] == 0, 0.0)
     if dtype == torch.float32 or weighted_N_D.numel() == 0:
         return weighted_N_D.to(dtype), 1.0
-    largest = weighted_N_D.abs().amax()
-    unit = torch.where(largest == 0, 1.0, torch.exp2(torch.ceil(torch.log2(largest)) - 14))
-    return (weighted_N_D / unit).to(dtype), unit
+    largest = torch.linalg.vector_norm(weighted_N_D, ord=math.inf)
+    # 2^-126 is the smallest normal number; smaller entries, and a largest of 0, become 0.
+    unit = torch.exp2((torch.ceil(torch.log2(largest)) - 14).clamp_min(-126))
+    return weighted_N_D.div_(unit).to(dtype), unit

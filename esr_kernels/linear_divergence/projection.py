@@ -31,7 +31,7 @@ class Side(NamedTuple):
         return cls(
             hidden_N_D,
             head.weight[:vocab_size],
-            None if head.bias is None else head.bias[:vocab_size],
+            None if head.bias is None else head.bias[:vocab_size].contiguous(),
             head.logit_scale / loss_temperature,
             None if head.softcap is None else head.softcap / loss_temperature,
         )

@@ -63,6 +63,7 @@ def store_tile_relative_kernel(
 
     tl.store(student_relative_ptr + row * student_relative_row_stride + columns, student_relative, mask=is_inside)
     tl.store(teacher_relative_ptr + row * teacher_relative_row_stride + columns, teacher_relative, mask=is_inside)
+    tile_index = tile_index[:, None]
     has_tile = tile_index * 128 < num_columns
     tl.store(student_tile_max_ptr + row * tile_max_row_stride + tile_index, student_tile_max, mask=has_tile)
     tl.store(teacher_tile_max_ptr + row * tile_max_row_stride + tile_index, teacher_tile_max, mask=has_tile)

@@ -2,11 +2,20 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from esr_kernels.divergence import Divergence
 from esr_kernels.divergence_kernel import choose_kernel
 from esr_kernels.divergence_output import DivergenceOutput
 from esr_kernels.token_divergence import registration  # noqa: F401 (defines the ops)
+
+
+def can_be_saved(argument: object) -> bool:
+    """Whether `save_for_backward` takes it: a tensor, but not one made in inference mode, as a teacher's may be.
+
+    Inside torch.compile, which does not trace the question, tensors are saved by the compiled graph.
+    """
+    return isinstance(argument, Tensor) and (torch.compiler.is_compiling() or not argument.is_inference())
 
 
 class TokenDivergence(torch.autograd.Function):
@@ -17,17 +26,24 @@ class TokenDivergence(torch.autograd.Function):
         *outputs, row_sums, student_top1 = torch.ops.esr_kernels.token_divergence_forward(
             student_logits, teacher_logits, divergence, parameter, loss_temperature, token_ids, stop_ids, vocab_size
         )
-        ctx.save_for_backward(student_logits, teacher_logits, row_sums, student_top1)
+        saves_teacher = can_be_saved(teacher_logits)
+        ctx.teacher_logits = None if saves_teacher else teacher_logits
+        ctx.save_for_backward(student_logits, teacher_logits if saves_teacher else None, row_sums, student_top1)
         ctx.settings = (divergence, parameter, loss_temperature, stop_ids, vocab_size)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, *_) -> tuple[Tensor | None, ...]:
         gradient = None
         if upstream is not None and ctx.needs_input_grad[0]:
-            gradient = torch.ops.esr_kernels.token_divergence_backward(upstream, *ctx.saved_tensors, *ctx.settings)
+            student_logits, teacher_logits, row_sums, student_top1 = ctx.saved_tensors
+            teacher_logits = ctx.teacher_logits if teacher_logits is None else teacher_logits
+            gradient = torch.ops.esr_kernels.token_divergence_backward(
+                upstream, student_logits, teacher_logits, row_sums, student_top1, *ctx.settings
+            )
         return (
             gradient,  # student_logits
             None,  # teacher_logits: frozen

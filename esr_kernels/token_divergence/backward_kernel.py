@@ -15,7 +15,10 @@ from esr_kernels.token_divergence.gradient_kernel import write_gradient_row, wri
 from esr_kernels.token_divergence.row_tensors import LogitRows, RowState
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(
+    do_not_specialize=["num_rows", "upstream_stride"],
+    do_not_specialize_on_alignment=["upstream_ptr", "row_sums_ptr", "student_top1_ptr"],
+)
 def divergence_gradient_kernel(
     upstream_ptr, student_ptr, teacher_ptr, row_sums_ptr, student_top1_ptr, stop_ids_ptr, gradient_ptr,
     num_rows, vocab_size, upstream_stride,
@@ -40,7 +43,7 @@ def divergence_gradient_kernel(
             teacher_ptr + row * teacher_row_stride, None, None, stop_ids_ptr,
             vocab_size, student_column_stride, teacher_column_stride, slope, None, slope, None,
             student_max, student_sum, teacher_max, teacher_sum, tl.load(student_top1_ptr + row), total_cost, upstream,
-            parameter, complement, DIVERGENCE, NUM_STOP_IDS, BLOCK_STOPS, BLOCK_VOCAB,
+            parameter, complement, DIVERGENCE, NUM_STOP_IDS, BLOCK_STOPS, BLOCK_VOCAB, False,
         )  # fmt: skip
 
 

@@ -15,13 +15,28 @@ from torch import Tensor
 
 from esr_kernels.divergence_kernel import DIVERGENCE_KERNELS
 from esr_kernels.logit_row_kernel import is_stop_column, load_logit_pair, logsumexp, tile_columns
-from esr_kernels.online_logsumexp import finite_max, log_ratio_of, max_shift, times_exp, update_top1
+from esr_kernels.online_logsumexp import (
+    cross_term,
+    finite_max,
+    log_ratio_of,
+    max_shift,
+    move_cross_sum,
+    move_entropy_sum,
+    times_exp,
+    update_top1,
+)
 from esr_kernels.tile_config import TileConfig, choose_tile_config
 from esr_kernels.token_divergence.gradient_kernel import write_gradient_row, write_zero_row
 from esr_kernels.token_divergence.row_tensors import LogitRows, RowOutputs, RowState
 
+# Rows of a chunk start anywhere in the tensors that hold one number per row.
+PER_ROW_POINTERS = [
+    "token_ids_ptr", "divergence_ptr", "student_entropy_ptr", "teacher_entropy_ptr", "student_logprob_ptr",
+    "teacher_logprob_ptr", "top1_agreement_ptr", "row_sums_ptr", "student_top1_ptr", "gradient_unit_ptr",
+]  # fmt: skip
 
-@triton.jit(do_not_specialize=["num_rows"])
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=PER_ROW_POINTERS)
 def divergence_row_kernel(
     student_ptr, student_tile_max_ptr, student_bias_ptr, teacher_ptr, teacher_tile_max_ptr, teacher_bias_ptr,
     token_ids_ptr, stop_ids_ptr,
@@ -55,10 +70,10 @@ def divergence_row_kernel(
             teacher_row_ptr, teacher_tile_max_ptr, teacher_bias_ptr, teacher_column_stride, teacher_slope, teacher_softcap,
             vocab_size, stop_ids, stop_ids // 128, stop_slots < NUM_STOP_IDS, stop_slots < NUM_STOP_IDS,
         )  # fmt: skip
-        student_event = logsumexp(student_event)
-        teacher_event = logsumexp(teacher_event)
-        student_max = student_event
-        teacher_max = teacher_event
+        student_event, student_event_log_sum = logsumexp(student_event)
+        teacher_event, teacher_event_log_sum = logsumexp(teacher_event)
+        student_max = student_event + student_event_log_sum
+        teacher_max = teacher_event + teacher_event_log_sum
         student_top1 = tl.load(stop_ids_ptr)
         teacher_top1 = student_top1
 
@@ -69,7 +84,6 @@ def divergence_row_kernel(
     teacher_sum = zeros
     teacher_weighted = zeros
     cross = zeros
-    is_infinite = zeros
     for start in range(0, vocab_size, BLOCK_VOCAB):
         columns, tile_index = tile_columns(start, BLOCK_VOCAB)
         is_inside = columns < vocab_size
@@ -96,21 +110,15 @@ def divergence_row_kernel(
         student_exp = tl.exp(student_shifted)
         teacher_exp = tl.exp(teacher_shifted)
         if KL_DIRECTION == "reverse":
-            cross = (cross + student_sum * (student_shift - teacher_shift)) * student_rescale
-            is_one_sided = teacher_shifted == float("-inf")
-            is_nothing = (student_shifted == float("-inf")) | is_one_sided
-            cross += tl.where(is_nothing, 0.0, student_exp * (student_shifted - teacher_shifted))
-            is_infinite += tl.where(is_one_sided & (student_shifted > float("-inf")), 1.0, 0.0)
+            cross = move_cross_sum(cross, student_sum, student_shift - teacher_shift, student_rescale)
+            cross += cross_term(student_exp, student_shifted, teacher_shifted)
         if KL_DIRECTION == "forward":
-            cross = (cross + teacher_sum * (teacher_shift - student_shift)) * teacher_rescale
-            is_one_sided = student_shifted == float("-inf")
-            is_nothing = (teacher_shifted == float("-inf")) | is_one_sided
-            cross += tl.where(is_nothing, 0.0, teacher_exp * (teacher_shifted - student_shifted))
-            is_infinite += tl.where(is_one_sided & (teacher_shifted > float("-inf")), 1.0, 0.0)
-        student_weighted = (student_weighted + student_sum * student_shift) * student_rescale
+            cross = move_cross_sum(cross, teacher_sum, teacher_shift - student_shift, teacher_rescale)
+            cross += cross_term(teacher_exp, teacher_shifted, student_shifted)
+        student_weighted = move_entropy_sum(student_weighted, student_sum, student_shift, student_rescale)
         student_weighted += times_exp(student_exp, student_shifted)
         student_sum = student_sum * student_rescale + student_exp
-        teacher_weighted = (teacher_weighted + teacher_sum * teacher_shift) * teacher_rescale
+        teacher_weighted = move_entropy_sum(teacher_weighted, teacher_sum, teacher_shift, teacher_rescale)
         teacher_weighted += times_exp(teacher_exp, teacher_shifted)
         teacher_sum = teacher_sum * teacher_rescale + teacher_exp
         student_max = student_new_max
@@ -121,26 +129,19 @@ def divergence_row_kernel(
     teacher_sum = tl.sum(teacher_sum)
     teacher_weighted = tl.sum(teacher_weighted)
     cross = tl.sum(cross)
-    is_infinite = tl.sum(is_infinite)
     if NUM_STOP_IDS > 0:
-        student_event_shifted = student_event - finite_max(student_max)
-        teacher_event_shifted = teacher_event - finite_max(teacher_max)
+        student_event_shifted = (student_event - finite_max(student_max)) + student_event_log_sum
+        teacher_event_shifted = (teacher_event - finite_max(teacher_max)) + teacher_event_log_sum
         student_exp = tl.exp(student_event_shifted)
         teacher_exp = tl.exp(teacher_event_shifted)
         student_sum += student_exp
         teacher_sum += teacher_exp
         student_weighted += times_exp(student_exp, student_event_shifted)
         teacher_weighted += times_exp(teacher_exp, teacher_event_shifted)
-        has_student = student_event_shifted > float("-inf")
-        has_teacher = teacher_event_shifted > float("-inf")
         if KL_DIRECTION == "reverse":
-            term = student_exp * (student_event_shifted - teacher_event_shifted)
-            cross += tl.where(has_student & has_teacher, term, 0.0)
-            is_infinite += tl.where(has_student & ~has_teacher, 1.0, 0.0)
+            cross += cross_term(student_exp, student_event_shifted, teacher_event_shifted)
         if KL_DIRECTION == "forward":
-            term = teacher_exp * (teacher_event_shifted - student_event_shifted)
-            cross += tl.where(has_student & has_teacher, term, 0.0)
-            is_infinite += tl.where(has_teacher & ~has_student, 1.0, 0.0)
+            cross += cross_term(teacher_exp, teacher_event_shifted, student_event_shifted)
 
     is_masked = (student_sum == 0) | (teacher_sum == 0)
     student_log_sum = tl.log(student_sum)
@@ -150,11 +151,9 @@ def divergence_row_kernel(
     # divergence and total_cost = sum(weighted_cost)
     if KL_DIRECTION == "reverse":
         divergence = cross / student_sum - log_sum_ratio
-        divergence = tl.where(is_infinite > 0, divergence + float("inf"), divergence)
         total_cost = divergence
     elif KL_DIRECTION == "forward":
         divergence = cross / teacher_sum + log_sum_ratio
-        divergence = tl.where(is_infinite > 0, divergence + float("inf"), divergence)
         total_cost = 0.0
     else:
         terms = zeros
@@ -213,10 +212,13 @@ def divergence_row_kernel(
         )  # fmt: skip
         if NUM_STOP_IDS > 0:
             is_stop = is_stop_column(token, stop_ids_ptr, NUM_STOP_IDS)
-            student_logprob = tl.where(is_stop, student_event, student_logprob)
-            teacher_logprob = tl.where(is_stop, teacher_event, teacher_logprob)
-        student_logprob = student_logprob - finite_max(student_max) - student_log_sum
-        teacher_logprob = teacher_logprob - finite_max(teacher_max) - teacher_log_sum
+        student_logprob -= finite_max(student_max)
+        teacher_logprob -= finite_max(teacher_max)
+        if NUM_STOP_IDS > 0:
+            student_logprob = tl.where(is_stop, student_event_shifted, student_logprob)
+            teacher_logprob = tl.where(is_stop, teacher_event_shifted, teacher_logprob)
+        student_logprob -= student_log_sum
+        teacher_logprob -= teacher_log_sum
         student_logprob = tl.where(is_masked, float("-inf"), student_logprob)
         teacher_logprob = tl.where(is_masked, float("-inf"), teacher_logprob)
         student_logprob = tl.where(is_known, student_logprob, float("nan"))
@@ -240,7 +242,7 @@ def divergence_row_kernel(
             # |d(logits)| <= bound, which becomes at most 2^15
             bound = (3.0 + gradient_bound_slope * tl.where(has_no_gradient, 0.0, divergence)) * student_slope
             bound = tl.minimum(bound, 3e38)
-            factor = tl.exp2(15.0 - tl.ceil(tl.log2(bound)))
+            factor = tl.exp2(tl.minimum(15.0 - tl.ceil(tl.log2(bound)), 100.0))
         # NaN in the unit, not in the row, so that a row with upstream gradient 0 does not poison a sum over rows.
         tl.store(gradient_unit_ptr + row, tl.where(is_nan, divergence, 1.0 / factor))
     if gradient_ptr is not None:
@@ -254,7 +256,7 @@ def divergence_row_kernel(
                 vocab_size, student_column_stride, teacher_column_stride,
                 student_slope, student_softcap, teacher_slope, teacher_softcap,
                 student_max, student_sum, teacher_max, teacher_sum, student_top1, total_cost, factor,
-                parameter, complement, DIVERGENCE, NUM_STOP_IDS, BLOCK_STOPS, BLOCK_VOCAB,
+                parameter, complement, DIVERGENCE, NUM_STOP_IDS, BLOCK_STOPS, BLOCK_VOCAB, IS_HALF_GRADIENT,
             )  # fmt: skip
 
 
@@ -288,7 +290,7 @@ def launch_divergence_rows(
     if num_rows == 0:
         return
     name, parameter = divergence
-    function, direction = DIVERGENCE_KERNELS[name]
+    kernel = DIVERGENCE_KERNELS[name]
     num_stop_ids = 0 if stop_ids is None else stop_ids.shape[0]
     tile = tile or choose_tile_config(vocab_size)
     with torch.accelerator.device_index(outputs.divergence_N.device.index):
@@ -299,7 +301,7 @@ def launch_divergence_rows(
             teacher.logits,
             teacher.tile_max,
             teacher.bias,
-            token_ids_N,
+            None if token_ids_N is None else token_ids_N.contiguous(),
             stop_ids,
             *outputs,
             None if state is None else state.sums_5_N,
@@ -317,9 +319,9 @@ def launch_divergence_rows(
             teacher.softcap,
             parameter,
             1.0 - parameter,
-            gradient_bound_slope=2.0 * (1.0 + abs(parameter)),
-            DIVERGENCE=function,
-            KL_DIRECTION=direction,
+            gradient_bound_slope=0.0 if kernel.is_gradient_bounded else 2.0 * (1.0 + abs(parameter)),
+            DIVERGENCE=kernel.function,
+            KL_DIRECTION=kernel.direction,
             NUM_STOP_IDS=num_stop_ids,
             BLOCK_STOPS=triton.next_power_of_2(max(1, num_stop_ids)),
             BLOCK_VOCAB=tile.block_vocab,

@@ -9,18 +9,23 @@ from esr_kernels.online_logsumexp import finite_max, log_ratio_of
 
 @triton.jit
 def event_gradient(
-    student_logits, teacher_logits, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
+    student_shifted, teacher_shifted, student_log_sum, teacher_log_sum, log_sum_ratio,
     total_cost, parameter, complement, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """dD/d(tempered logit) of events: weighted_cost - p * sum(weighted_cost)."""
-    student_shifted = student_logits - finite_max(student_max)
-    teacher_shifted = teacher_logits - finite_max(teacher_max)
     log_ratio = log_ratio_of(student_shifted, teacher_shifted, log_sum_ratio)
     student_logprob = student_shifted - student_log_sum
     term, weighted_cost = DIVERGENCE(
         student_logprob, teacher_shifted - teacher_log_sum, log_ratio, parameter, complement
     )
     return weighted_cost - tl.exp(student_logprob) * total_cost
+
+
+@triton.jit
+def as_stored(gradient, gradient_row_ptr, IS_SCALED: tl.constexpr):
+    if IS_SCALED:
+        gradient = tl.clamp(gradient, -65504.0, 65504.0)
+    return gradient.to(gradient_row_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -32,6 +37,7 @@ def write_gradient_row(
     student_max, student_sum, teacher_max, teacher_sum, student_top1, total_cost, factor,
     parameter, complement,
     DIVERGENCE: tl.constexpr, NUM_STOP_IDS: tl.constexpr, BLOCK_STOPS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    IS_SCALED: tl.constexpr,
 ):  # fmt: skip
     """Write factor * dD/d(student head's output) for one row.
 
@@ -39,7 +45,10 @@ def write_gradient_row(
     written, and later tiles lie above what has been written.
 
     The gradient sums to 0 over the events. An event of probability above 1/2 gets minus the sum of the others: for a student
-    that is nearly certain this is far more exact than p - q of two numbers near 1.
+    that is nearly certain this is far more exact than p - q of two numbers near 1. Its column and the stop ids' are written
+    last, over what the sweep wrote there: a sweep that left them out could not write in wide words.
+
+    `IS_SCALED` says that the factor brings the row into float16's range, so that nothing may leave it.
     """
     certain_id = tl.where(student_sum < 2.0, student_top1, -1)
     student_log_sum = tl.log(student_sum)
@@ -67,39 +76,45 @@ def write_gradient_row(
             vocab_size, columns, tile_index, is_inside, is_wanted,
         )  # fmt: skip
         gradient = event_gradient(
-            student_logits, teacher_logits, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
-            total_cost, parameter, complement, DIVERGENCE,
+            student_logits - finite_max(student_max), teacher_logits - finite_max(teacher_max),
+            student_log_sum, teacher_log_sum, log_sum_ratio, total_cost, parameter, complement, DIVERGENCE,
         )  # fmt: skip
         is_other = is_wanted & (columns != certain_id)
         sum_of_others += tl.where(is_other, gradient, 0.0)
-        gradient = gradient * head_slope(student_logits, student_slope, student_softcap) * factor
+        gradient *= factor * head_slope(student_logits, student_slope, student_softcap)
         tl.debug_barrier()
-        tl.store(gradient_row_ptr + columns, gradient.to(gradient_row_ptr.dtype.element_ty), mask=is_other)
+        tl.store(gradient_row_ptr + columns, as_stored(gradient, gradient_row_ptr, IS_SCALED), mask=is_inside)
+    tl.debug_barrier()
 
     certain_gradient = -tl.sum(sum_of_others)
     if NUM_STOP_IDS > 0:
-        student_event = logsumexp(student_stop_logits)
-        teacher_event = logsumexp(teacher_stop_logits)
+        student_event, student_event_log_sum = logsumexp(student_stop_logits)
+        teacher_event, teacher_event_log_sum = logsumexp(teacher_stop_logits)
         event = event_gradient(
-            student_event, teacher_event, student_max, student_log_sum, teacher_max, teacher_log_sum, log_sum_ratio,
-            total_cost, parameter, complement, DIVERGENCE,
+            (student_event - finite_max(student_max)) + student_event_log_sum,
+            (teacher_event - finite_max(teacher_max)) + teacher_event_log_sum,
+            student_log_sum, teacher_log_sum, log_sum_ratio, total_cost, parameter, complement, DIVERGENCE,
         )  # fmt: skip
         first_stop_id = tl.load(stop_ids_ptr)
         event = tl.where(certain_id == first_stop_id, certain_gradient, event)
         certain_gradient -= event
         certain_id = tl.where(certain_id == first_stop_id, -1, certain_id)
         # The event's gradient reaches its ids in proportion to their probabilities.
-        share = tl.where(student_stop_logits == float("-inf"), 0.0, tl.exp(student_stop_logits - student_event))
+        share = tl.where(
+            student_stop_logits == float("-inf"),
+            0.0,
+            tl.exp((student_stop_logits - student_event) - student_event_log_sum),
+        )
         gradient = event * share * head_slope(student_stop_logits, student_slope, student_softcap) * factor
         tl.store(
             gradient_row_ptr + stop_ids,
-            gradient.to(gradient_row_ptr.dtype.element_ty),
+            as_stored(gradient, gradient_row_ptr, IS_SCALED),
             mask=stop_slots < NUM_STOP_IDS,
         )
     certain_gradient = certain_gradient * head_slope(student_max, student_slope, student_softcap) * factor
     tl.store(
         gradient_row_ptr + certain_id,
-        certain_gradient.to(gradient_row_ptr.dtype.element_ty),
+        as_stored(certain_gradient, gradient_row_ptr, IS_SCALED),
         mask=(certain_id >= 0) & (certain_id < vocab_size),
     )
 
