@@ -57,17 +57,19 @@ def linear_divergence(
 
     Under FUSED, 16-bit hidden states and weights of one dtype are multiplied as they are and summed in float32; other pairs of
     dtypes are multiplied in float32, which is slow on a GPU. Stored logits and d(logits) are never bfloat16: d(logits) are
-    float16 with a power of two per row, and the head's weight is converted to float16, slice by slice, to meet them (it must
-    stay below 1000 in magnitude). A bfloat16 gradient then differs from the exact one by little more than its own rounding.
-    With `LogitStorage.TILE_RELATIVE_FP16` a log-probability may be off by 2^-11 of its distance to the largest of its tile.
+    float16 with a power of two per row, and the head's weight is converted to float16, slice by slice, to meet them. It must
+    stay below 1000 in magnitude; beyond, the input gradient is NaN. A bfloat16 gradient then differs from the exact one by
+    little more than its own rounding. With `LogitStorage.TILE_RELATIVE_FP16` a log-probability may be off by 2^-11 of its
+    distance to the largest of its tile.
 
     FLOP, in units of 2 N V: D + E to project, D for each gradient. Memory beyond inputs and results, with n rows per chunk and
     g = 2 bytes (4 for float32 models):
 
         no gradient           8 n V  (FLOAT32), 4 n V (TILE_RELATIVE_FP16)
-        frozen head           the same, and 4 N D: the input gradient is made in forward
+        frozen head           the same, 4 N D and a slice of 16384 ids of the weight in 2 bytes: the input gradient is made in
+                              forward; in backward 4 N D
         trained head          the same, and g N V of d(logits) kept for backward, where they fit in `workspace_bytes`; then in
-                              backward 4 N D, 2 N D and a slice of 16384 ids of the weight in 2 and of its gradient in 4 bytes
+                              backward 6 N D and a slice of 16384 ids of the weight in 2 and of its gradient in 4 bytes
         ... where they do not D + E units more in backward, 8 n V or 4 n V there, and 4 V D for the weight's gradient
 
     Nothing waits for the device; results repeat bit by bit.

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from esr_kernels.divergence import Divergence
 from esr_kernels.divergence_kernel import choose_kernel
@@ -12,7 +11,7 @@ from esr_kernels.linear_divergence.matrix_product import gradient_dtype
 from esr_kernels.linear_divergence.plan import Schedule, default_workspace_bytes, plan_linear_divergence
 from esr_kernels.logit_storage import LogitStorage
 from esr_kernels.output_head import OutputHead
-from esr_kernels.token_divergence.autograd import can_be_saved
+from esr_kernels.token_divergence.autograd import can_be_saved, check_no_second_derivative
 
 # Positions in the ops' argument list (registration.py) of what may get a gradient and of what selects the plan.
 STUDENT_HIDDEN, STUDENT_WEIGHT, STUDENT_BIAS, VOCAB_SIZE, SCHEDULE = 0, 1, 2, 15, 16
@@ -40,8 +39,8 @@ class LinearDivergence(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_) -> tuple[Tensor | None, ...]:
+        check_no_second_derivative("linear_divergence")
         gradients = [None] * len(ctx.settings)
         if upstream is None:
             return tuple(gradients)

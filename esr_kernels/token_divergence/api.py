@@ -82,6 +82,7 @@ def token_divergence(
         - float32 is float32: under REFERENCE a gradient entry carries an absolute error near 1e-7, so at p = 1 - 1e-7
           the largest entry of a row has no correct digit unless the inputs are float64. FUSED computes that entry as minus
           the sum of the others and keeps its digits.
+        - FUSED has no second derivative: a backward with create_graph=True raises. Nor does it run under torch.func.
         - Under FUSED a row whose upstream gradient is 0 gets an exactly zero gradient, whatever it holds.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from esr_kernels.divergence import Divergence
 from esr_kernels.divergence_kernel import choose_kernel
@@ -16,6 +15,15 @@ def can_be_saved(argument: object) -> bool:
     Inside torch.compile, which does not trace the question, tensors are saved by the compiled graph.
     """
     return isinstance(argument, Tensor) and (torch.compiler.is_compiling() or not argument.is_inference())
+
+
+def check_no_second_derivative(op: str) -> None:
+    """Raise in a backward that is itself recorded: its gradient would silently count as a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: impl=Impl.FUSED has no second derivative, got a backward with create_graph=True; "
+            "pass impl=Impl.REFERENCE"
+        )
 
 
 class TokenDivergence(torch.autograd.Function):
@@ -35,8 +43,8 @@ class TokenDivergence(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_) -> tuple[Tensor | None, ...]:
+        check_no_second_derivative("token_divergence")
         gradient = None
         if upstream is not None and ctx.needs_input_grad[0]:
             student_logits, teacher_logits, row_sums, student_top1 = ctx.saved_tensors
