@@ -54,13 +54,13 @@ def require_kernels(op: str, **tensors: Tensor | None) -> None:
                 f"{op}: {name} must have dtype bfloat16, float16 or float32 with impl=Impl.FUSED, whose kernels compute in "
                 f"float32, got float64; convert it, {instead}"
             )
-    if find_spec("triton") is None:
-        raise NotImplementedError(
-            f"{op}: impl=Impl.FUSED needs Triton, which is not installed; pip install triton, {instead}"
-        )
     device = next(tensor.device for tensor in tensors.values() if tensor is not None)
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         raise NotImplementedError(
             f"{op}: impl=Impl.FUSED needs tensors on a CUDA device, got {device}; move them there, {instead} (to run the "
             f"kernels slowly on a CPU, set TRITON_INTERPRET=1 before Triton is imported)"
+        )
+    if find_spec("triton") is None:
+        raise NotImplementedError(
+            f"{op}: impl=Impl.FUSED needs Triton, which is not installed; pip install triton, {instead}"
         )
