@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 TILE_COLUMNS = 128  # columns that share one maximum in tile-relative storage; every tile is a multiple of it
 
-
 # Registers of a thread at most, so that 512 threads share a multiprocessor; without a limit of its own ptxas sometimes takes a
 # lower one and spills.
 MAX_REGISTERS = 128
@@ -31,9 +30,9 @@ class TileConfig:
 def choose_tile_config(vocab_size: int) -> TileConfig:
     """Tile for rows of `vocab_size` logits.
 
-    2048 columns on 8 warps: a thread holds 8 columns of both rows and six running sums in at most 128 registers, so that two
-    programs share a multiprocessor and one reads while the other reduces. A short row takes one tile, and a warp for every 256
-    columns. Chosen from compiled resources; not yet measured on a GPU.
+    2048 columns on 8 warps: a thread holds 8 columns of both rows and five running sums of each in at most 128 registers, so
+    that two programs share a multiprocessor and one reads while the other reduces. A short row takes one tile, and a warp for
+    every 256 columns. Chosen from compiled resources; not yet measured on a GPU.
     """
     block_vocab = min(2048, max(TILE_COLUMNS, 1 << (vocab_size - 1).bit_length()))
     return TileConfig(block_vocab, num_warps=max(1, block_vocab // 256))

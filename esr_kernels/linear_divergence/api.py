@@ -57,10 +57,10 @@ def linear_divergence(
 
     Under FUSED, 16-bit hidden states and weights of one dtype are multiplied as they are and summed in float32; other pairs of
     dtypes are multiplied in float32, which is slow on a GPU. Stored logits and d(logits) are never bfloat16: d(logits) are
-    float16 with a power of two per row, and the head's weight is converted to float16, slice by slice, to meet them. It must
-    stay below 1000 in magnitude; beyond, the input gradient is NaN. A bfloat16 gradient then differs from the exact one by
-    little more than its own rounding. With `LogitStorage.TILE_RELATIVE_FP16` a log-probability may be off by 2^-11 of its
-    distance to the largest of its tile.
+    float16 with a power of two per row, and the head's weight is converted to float16, slice by slice, to meet them. A
+    bfloat16 weight must stay below 1000 in magnitude, beyond which the input gradient is NaN; its entries below 1e-6 lose
+    digits there. A bfloat16 gradient then differs from the exact one by little more than its own rounding. With
+    `LogitStorage.TILE_RELATIVE_FP16` a log-probability may be off by 2^-11 of its distance to the largest of its tile.
 
     FLOP, in units of 2 N V: D + E to project, D for each gradient. Memory beyond inputs and results, with n rows per chunk and
     g = 2 bytes (4 for float32 models):
