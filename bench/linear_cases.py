@@ -24,8 +24,8 @@ from peers import PEERS
 from settings import Settings
 
 from esr_kernels import Impl, LogitStorage
-from esr_kernels.linear_divergence.matrix_product import gradient_dtype
-from esr_kernels.linear_divergence.plan import LinearPlan, default_workspace_bytes, plan_linear_divergence
+from esr_kernels.output_projection.matrix_product import gradient_dtype
+from esr_kernels.output_projection.plan import LinearPlan, default_workspace_bytes, plan_linear_op
 from esr_kernels.testing.cases import DIVERGENCES, Shape
 from esr_kernels.testing.inputs import LinearInputs, make_linear_inputs, make_upstream
 from esr_kernels.testing.oracle import evaluate_linear_divergence, linear_divergence_oracle
@@ -162,9 +162,11 @@ def plan_of(
 ) -> LinearPlan:
     """What the op will choose, for the record."""
     hidden_N_D, weight_V_D = inputs.student_hidden_N_D, inputs.student_head.weight
-    return plan_linear_divergence(
+    return plan_linear_op(
+        "linear_divergence",
         hidden_N_D.shape[0],
         weight_V_D.shape[0],
+        num_sides=2,
         needs_hidden_gradient=True,
         needs_head_gradient="student_weight" in trained,
         gradient_itemsize=gradient_dtype(hidden_N_D, weight_V_D).itemsize,

@@ -20,14 +20,16 @@ from settings import Settings
 from torch import Tensor
 
 from esr_kernels import LogitStorage
-from esr_kernels.linear_divergence import backward, plan, projection
+from esr_kernels.logit_rows import LogitRows
+from esr_kernels.output_projection import gradients, plan, projection
+from esr_kernels.row_gradient import RowGradient
 from esr_kernels.testing.cases import DIVERGENCES
 from esr_kernels.testing.inputs import make_upstream
 from esr_kernels.testing.oracle import Results
 from esr_kernels.tile_config import TileConfig
 from esr_kernels.token_divergence.backward_kernel import launch_divergence_gradient
 from esr_kernels.token_divergence.forward_kernel import launch_divergence_rows
-from esr_kernels.token_divergence.row_tensors import LogitRows, RowOutputs, RowState
+from esr_kernels.token_divergence.row_tensors import RowOutputs, RowState
 
 GRADIENT_BOUND_16_BIT = 2e-3
 
@@ -148,9 +150,7 @@ def run_forward_with_gradient(
         None,
         logits.shape[1],
         outputs,
-        gradient_N_V=gradient_N_V,
-        gradient_unit_N=unit_N,
-        gradient_dtype=torch.float16,
+        gradient=RowGradient(gradient_N_V, unit_N, torch.float16),
         tile=tile,
     )
     return outputs, gradient_N_V, unit_N
@@ -164,7 +164,7 @@ def weighted_results(raw: tuple[RowOutputs, Tensor, Tensor], upstream_N: Tensor)
 
 def slice_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     return [
-        partial(slice_group, settings, ceilings, "SLICE_IDS", settings.slice_ids, FLOAT32, (backward,)),
+        partial(slice_group, settings, ceilings, "SLICE_IDS", settings.slice_ids, FLOAT32, (gradients,)),
         partial(
             slice_group,
             settings,

@@ -76,3 +76,13 @@ def check_token_set(op: str, name: str, ids: Iterable[int], vocab_size: int) -> 
         if not 0 <= i < vocab_size:
             raise ValueError(f"{op}: {name} must be in [0, {vocab_size}), got {i}")
     return tuple(sorted(set(ids)))
+
+
+def check_workspace_bytes(op: str, workspace_bytes: int | None) -> None:
+    """Check that `workspace_bytes` is None or an int > 0."""
+    if workspace_bytes is None:
+        return
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"{op}: workspace_bytes must be an int > 0 or None, got {type(workspace_bytes).__name__}")
+    if workspace_bytes <= 0:
+        raise ValueError(f"{op}: workspace_bytes must be > 0 or None, got {workspace_bytes}")

@@ -21,16 +21,35 @@ def load_head_logits(row_ptr, bias_ptr, column_stride, slope, softcap, columns, 
     """Tempered logits in float32 from the head's matrix product, -inf outside.
 
     softcap * tanh((x + bias) * slope / softcap), without soft cap (x + bias) * slope; `slope` is logit_scale / temperature
-    and `softcap` the head's soft cap / temperature.
+    and `softcap` the head's soft cap / temperature. A product of -inf is an id that was taken out, also below a soft cap.
     """
-    logits = tl.load(row_ptr + columns.to(tl.int64) * column_stride, mask=is_inside, other=float("-inf")).to(tl.float32)
+    product = tl.load(row_ptr + columns.to(tl.int64) * column_stride, mask=is_inside, other=float("-inf")).to(
+        tl.float32
+    )
+    logits = product
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + columns, mask=is_inside, other=0.0).to(tl.float32)
     if softcap is None:
         logits *= slope
     else:
         logits = softcap * tanh(logits * (slope / softcap))
-    return tl.where(is_inside, logits, float("-inf"))
+    return tl.where(product == float("-inf"), float("-inf"), logits)
+
+
+@triton.jit
+def load_logits(
+    row_ptr, tile_max_ptr, bias_ptr, column_stride, slope, softcap, vocab_size, columns, tile_index, is_inside
+):  # fmt: skip
+    """Tempered logits of one side in float32, -inf outside; tile-relative where the maxima are given."""
+    if tile_max_ptr is None:
+        return load_head_logits(row_ptr, bias_ptr, column_stride, slope, softcap, columns, is_inside)
+    else:
+        relative = tl.load(row_ptr + columns, mask=is_inside, other=float("-inf")).to(tl.float32)
+        has_tile = tile_index * TILE_COLUMNS < vocab_size
+        tile_max = tl.load(tile_max_ptr + tile_index, mask=has_tile, other=0.0)
+        if len(columns.shape) == 2:  # loaded once for each row of the tile, not once for each column
+            tile_max = tile_max[:, None]
+        return relative + tile_max
 
 
 @triton.jit
@@ -99,3 +118,11 @@ def logsumexp(logits):
     """Maximum m of a vector and log(sum(exp(logits - m))); their sum is the log-sum-exp, -inf where all are."""
     largest = tl.max(logits)
     return largest, tl.log(tl.sum(tl.exp(logits - finite_max(largest))))
+
+
+@triton.jit
+def as_stored(gradient, gradient_row_ptr, IS_SCALED: tl.constexpr):
+    """In the dtype of the row; `IS_SCALED` says that nothing may leave float16's range."""
+    if IS_SCALED:
+        gradient = tl.clamp(gradient, -65504.0, 65504.0)
+    return gradient.to(gradient_row_ptr.dtype.element_ty)

@@ -12,6 +12,7 @@ from esr_kernels.checks import (
     check_same_device,
     check_tensor,
     check_token_set,
+    check_workspace_bytes,
 )
 from esr_kernels.divergence import Divergence, ReverseKL, check_divergence
 from esr_kernels.divergence_output import DivergenceOutput
@@ -149,13 +150,3 @@ def linear_divergence(
     from esr_kernels.linear_divergence.autograd import linear_divergence_fused  # imports Triton
 
     return linear_divergence_fused(*arguments, logits, workspace_bytes)
-
-
-def check_workspace_bytes(op: str, workspace_bytes: int | None) -> None:
-    """Check that `workspace_bytes` is None or an int > 0."""
-    if workspace_bytes is None:
-        return
-    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
-        raise TypeError(f"{op}: workspace_bytes must be an int > 0 or None, got {type(workspace_bytes).__name__}")
-    if workspace_bytes <= 0:
-        raise ValueError(f"{op}: workspace_bytes must be > 0 or None, got {workspace_bytes}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esr_kernels.divergence_kernel import DIVERGENCE_KERNELS
 from esr_kernels.logit_row_kernel import is_stop_column, load_logit_pair, logsumexp, tile_columns
+from esr_kernels.logit_rows import LogitRows
 from esr_kernels.online_logsumexp import (
     cross_term,
     finite_max,
@@ -25,9 +26,10 @@ from esr_kernels.online_logsumexp import (
     times_exp,
     update_top1,
 )
+from esr_kernels.row_gradient import NO_GRADIENT, RowGradient
 from esr_kernels.tile_config import TileConfig, choose_tile_config
 from esr_kernels.token_divergence.gradient_kernel import write_gradient_row, write_zero_row
-from esr_kernels.token_divergence.row_tensors import LogitRows, RowOutputs, RowState
+from esr_kernels.token_divergence.row_tensors import RowOutputs, RowState
 
 # Rows of a chunk start anywhere in the tensors that hold one number per row.
 PER_ROW_POINTERS = [
@@ -270,9 +272,7 @@ def launch_divergence_rows(
     outputs: RowOutputs,
     *,
     state: RowState | None = None,
-    gradient_N_V: Tensor | None = None,
-    gradient_unit_N: Tensor | None = None,
-    gradient_dtype: torch.dtype = torch.float32,
+    gradient: RowGradient = NO_GRADIENT,
     tile: TileConfig | None = None,
 ) -> None:
     """Fill `outputs` and, where given, what the gradient needs (`state`) or the gradient itself.
@@ -282,9 +282,8 @@ def launch_divergence_rows(
         divergence: `Divergence.kernel()`.
         token_ids_N: (N,) or None.
         stop_ids: (M,) int32 on the device, sorted, M >= 2; or None.
-        gradient_N_V: (N, V) of `gradient_dtype`, float32 or float16, last axis contiguous; may be the memory of the
-            student's logits. Row n holds the gradient of `divergence_N[n]` divided by `gradient_unit_N[n]`: a power of two
-            for float16, 1 for float32, NaN (and the row 0) where the divergence is NaN.
+        gradient: what is wanted of it. Its logits, float32 or float16, have a contiguous last axis and may be the memory of the
+            student's. The unit is a power of two for float16, 1 for float32, NaN (and the row 0) where the divergence is NaN.
     """
     num_rows = outputs.divergence_N.shape[0]
     if num_rows == 0:
@@ -306,13 +305,13 @@ def launch_divergence_rows(
             *outputs,
             None if state is None else state.sums_5_N,
             None if state is None else state.student_top1_N,
-            gradient_N_V,
-            gradient_unit_N,
+            gradient.logits_n_V,
+            gradient.unit_n,
             num_rows,
             vocab_size,
             *student.strides(),
             *teacher.strides(),
-            0 if gradient_N_V is None else gradient_N_V.stride(0),
+            0 if gradient.logits_n_V is None else gradient.logits_n_V.stride(0),
             student.slope,
             student.softcap,
             teacher.slope,
@@ -325,6 +324,6 @@ def launch_divergence_rows(
             NUM_STOP_IDS=num_stop_ids,
             BLOCK_STOPS=triton.next_power_of_2(max(1, num_stop_ids)),
             BLOCK_VOCAB=tile.block_vocab,
-            IS_HALF_GRADIENT=gradient_dtype == torch.float16,
+            IS_HALF_GRADIENT=gradient.dtype == torch.float16,
             **tile.launch_options(),
         )

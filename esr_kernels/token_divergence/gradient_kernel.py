@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from esr_kernels.logit_row_kernel import head_slope, is_stop_column, load_logit_pair, logsumexp, tile_columns
+from esr_kernels.logit_row_kernel import as_stored, head_slope, is_stop_column, load_logit_pair, logsumexp, tile_columns
 from esr_kernels.online_logsumexp import finite_max, log_ratio_of
 
 
@@ -19,13 +19,6 @@ def event_gradient(
         student_logprob, teacher_shifted - teacher_log_sum, log_ratio, parameter, complement
     )
     return weighted_cost - tl.exp(student_logprob) * total_cost
-
-
-@triton.jit
-def as_stored(gradient, gradient_row_ptr, IS_SCALED: tl.constexpr):
-    if IS_SCALED:
-        gradient = tl.clamp(gradient, -65504.0, 65504.0)
-    return gradient.to(gradient_row_ptr.dtype.element_ty)
 
 
 @triton.jit

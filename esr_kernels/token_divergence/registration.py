@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from esr_kernels.logit_rows import LogitRows
 from esr_kernels.token_divergence.backward_kernel import launch_divergence_gradient
 from esr_kernels.token_divergence.forward_kernel import launch_divergence_rows
-from esr_kernels.token_divergence.row_tensors import LogitRows, RowOutputs, RowState, stop_ids_on_device
+from esr_kernels.token_divergence.row_tensors import RowOutputs, RowState, stop_ids_on_device
 
 FORWARD = "esr_kernels::token_divergence_forward"
 BACKWARD = "esr_kernels::token_divergence_backward"

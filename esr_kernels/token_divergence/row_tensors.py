@@ -1,30 +1,9 @@
-"""The tensors of the row kernels, as values: rows of logits going in, one number per row coming out."""
+"""What the row kernels of a divergence write, as values: one number per row."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class LogitRows(NamedTuple):
-    """(N, >= V) logits as stored, and what the head still does to them.
-
-    With `tile_max` they are float16 relative to the maxima (N, V / 128 rounded up) of their 128-column tiles, and complete.
-    Else the tempered logits are softcap * tanh((logits + bias) * slope / softcap), or (logits + bias) * slope.
-    """
-
-    logits: Tensor
-    slope: float  # logit_scale / loss_temperature
-    softcap: float | None = None  # soft cap of the head / loss_temperature
-    bias: Tensor | None = None
-    tile_max: Tensor | None = None
-
-    def strides(self) -> tuple[int, int, int]:
-        return (*self.logits.stride(), 0 if self.tile_max is None else self.tile_max.stride(0))
-
-    def rows(self, rows: slice) -> "LogitRows":
-        tile_max = None if self.tile_max is None else self.tile_max[rows]
-        return self._replace(logits=self.logits[rows], tile_max=tile_max)
 
 
 class RowOutputs(NamedTuple):

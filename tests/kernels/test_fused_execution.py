@@ -26,7 +26,7 @@ OPS = {
     "token_divergence_forward",
     "token_divergence_backward",
     "linear_divergence_forward",
-    "linear_divergence_backward_of_kept",
+    "linear_backward_of_kept",
     "linear_divergence_backward_by_recomputing",
 }
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from esr_kernels import ForwardKL, GeneralizedJSD, Impl, LogitStorage, OutputHead, ReverseKL
-from esr_kernels.linear_divergence import plan
-from esr_kernels.linear_divergence.plan import Schedule, logit_bytes_per_row, padded_vocab_size, plan_linear_divergence
+from esr_kernels.output_projection import plan
+from esr_kernels.output_projection.plan import Schedule, logit_bytes_per_row, padded_vocab_size, plan_linear_op
 from esr_kernels.testing.cases import DIVERGENCES, Shape
 from esr_kernels.testing.error_budget import check_linear_divergence, relative_error_in_norm
 from esr_kernels.testing.inputs import LinearInputs, make_linear_inputs, make_upstream
@@ -39,9 +39,11 @@ def workspace_for(chunk_rows: int, schedule: Schedule, storage: LogitStorage, dt
     itemsize = 2 if dtype.itemsize == 2 else 4
     kept = ROWS * padded_vocab_size(SHAPE.vocab_size) * itemsize if schedule is Schedule.KEEP else 0
     budget = kept + chunk_rows * logit_bytes_per_row(SHAPE.vocab_size, storage, itemsize)
-    chosen = plan_linear_divergence(
+    chosen = plan_linear_op(
+        "linear_divergence",
         ROWS,
         SHAPE.vocab_size,
+        num_sides=2,
         needs_hidden_gradient=True,
         needs_head_gradient=schedule in (Schedule.KEEP, Schedule.RECOMPUTE),
         gradient_itemsize=itemsize,

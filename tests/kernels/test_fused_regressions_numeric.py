@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from esr_kernels import ForwardKL, GeneralizedJSD, Impl, LogitStorage, OutputHead, ReverseKL
-from esr_kernels.linear_divergence import backward, plan, projection
-from esr_kernels.linear_divergence.plan import logit_bytes_per_row, padded_vocab_size
+from esr_kernels.output_projection import gradients, plan, projection
+from esr_kernels.output_projection.plan import logit_bytes_per_row, padded_vocab_size
 from esr_kernels.testing.cases import DIVERGENCES, Shape
 from esr_kernels.testing.error_budget import check_linear_divergence, check_token_divergence, relative_error_in_norm
 from esr_kernels.testing.inputs import LinearInputs, LogitPair, make_linear_inputs, make_upstream
@@ -213,7 +213,7 @@ def test_a_tiny_upstream(size, schedule):
 @pytest.fixture
 def slices_of_256_ids(monkeypatch):
     """Three slices of the head, the last of them ragged, as a vocabulary above 16384 ids has."""
-    monkeypatch.setattr(backward, "SLICE_IDS", 256)
+    monkeypatch.setattr(gradients, "SLICE_IDS", 256)
     monkeypatch.setattr(projection, "CONVERSION_ROWS", 256)
 
 

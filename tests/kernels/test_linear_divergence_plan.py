@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from esr_kernels import LogitStorage
-from esr_kernels.linear_divergence.plan import (
+from esr_kernels.output_projection.plan import (
     CPU_WORKSPACE_BYTES,
     LinearPlan,
     Schedule,
     default_workspace_bytes,
     logit_bytes_per_row,
     padded_vocab_size,
-    plan_linear_divergence,
+    plan_linear_op,
 )
 
 AUTO, FLOAT32, TILE_RELATIVE = LogitStorage.AUTO, LogitStorage.FLOAT32, LogitStorage.TILE_RELATIVE_FP16
@@ -25,9 +25,11 @@ GB = 10**9
 def plan(
     rows: int, gb: float, *, vocab_size: int = QWEN_VOCAB, hidden=True, head=True, itemsize=2, storage=AUTO
 ) -> LinearPlan:
-    return plan_linear_divergence(
+    return plan_linear_op(
+        "linear_divergence",
         rows,
         vocab_size,
+        num_sides=2,
         needs_hidden_gradient=hidden,
         needs_head_gradient=head,
         gradient_itemsize=itemsize,

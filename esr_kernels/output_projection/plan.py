@@ -1,4 +1,4 @@
-"""How `linear_divergence` runs under `Impl.FUSED`, as pure functions of sizes and a budget in bytes."""
+"""How an op that starts from hidden states runs under `Impl.FUSED`, as pure functions of sizes and a budget in bytes."""
 
 from enum import Enum
 from typing import NamedTuple
@@ -22,12 +22,12 @@ CPU_WORKSPACE_BYTES = 2**30
 
 
 class Schedule(str, Enum):
-    """What forward leaves for backward. In units of one student projection (the teacher's counts 2 at twice the width).
+    """What forward leaves for backward. In units of one student projection, alone and with a teacher of twice the width.
 
-    `VALUE`: nothing; no gradient is wanted. 3 units.
-    `HIDDEN`: the gradient of the hidden states for unit upstream; the head is frozen. 4 units.
-    `KEEP`: d(logits) of all rows; the two gradients are two more products. 5 units.
-    `RECOMPUTE`: nothing; backward projects again, chunk by chunk. 8 units.
+    `VALUE`: nothing; no gradient is wanted. 1 unit; 3 with a teacher.
+    `HIDDEN`: the gradient of the hidden states for unit upstream; the head is frozen. 2; 4.
+    `KEEP`: d(logits) of all rows; the two gradients are two more products. 3; 5.
+    `RECOMPUTE`: nothing; backward projects again, chunk by chunk. 4; 8.
     """
 
     VALUE = "value"
@@ -47,23 +47,25 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // TILE_COLUMNS) * TILE_COLUMNS
 
 
-def logit_bytes_per_row(vocab_size: int, storage: LogitStorage, gradient_itemsize: int) -> int:
-    """Bytes that one row of a chunk takes: the logits of both sides, and what is needed to make them.
+def logit_bytes_per_row(vocab_size: int, storage: LogitStorage, gradient_itemsize: int, *, num_sides: int = 2) -> int:
+    """Bytes that one row of a chunk takes: the logits of each side, and what is needed to make them.
 
     d(logits) is written over the student's logits, where it fits.
     """
     width = padded_vocab_size(vocab_size)
     if storage is LogitStorage.FLOAT32:
-        return 2 * 4 * width
-    slice_bytes = 2 * 4 * min(width, PROJECTION_COLUMNS)
+        return num_sides * 4 * width
+    slice_bytes = 4 * min(width, PROJECTION_COLUMNS)
     gradient_bytes = gradient_itemsize * width if gradient_itemsize > 2 else 0
-    return 2 * (2 * width + 4 * width // TILE_COLUMNS) + slice_bytes + gradient_bytes
+    return num_sides * (2 * width + 4 * width // TILE_COLUMNS + slice_bytes) + gradient_bytes
 
 
-def plan_linear_divergence(
+def plan_linear_op(
+    op: str,
     num_rows: int,
     vocab_size: int,
     *,
+    num_sides: int,
     needs_hidden_gradient: bool,
     needs_head_gradient: bool,
     gradient_itemsize: int,
@@ -76,18 +78,18 @@ def plan_linear_divergence(
     - AUTO stores float32 while 2112 rows, or all, fit; else the storage that lets more rows fit.
     - A chunk takes as many rows as fit, at most 4224, in multiples of 128 where there are as many.
 
-    `gradient_itemsize` is 2 where d(logits) are float16, else 4.
+    `num_sides` is 2 where a teacher is projected too, else 1; `gradient_itemsize` 2 where d(logits) are float16, else 4.
 
     Raises:
         ValueError: the budget does not hold one row.
     """
     wanted_rows = max(1, min(num_rows, MAX_CHUNK_ROWS))
     candidates = (LogitStorage.FLOAT32, LogitStorage.TILE_RELATIVE_FP16) if storage is LogitStorage.AUTO else (storage,)
-    row_bytes = {s: logit_bytes_per_row(vocab_size, s, gradient_itemsize) for s in candidates}
+    row_bytes = {s: logit_bytes_per_row(vocab_size, s, gradient_itemsize, num_sides=num_sides) for s in candidates}
     smallest = min(row_bytes.values())
     if workspace_bytes < smallest:
         raise ValueError(
-            f"linear_divergence: workspace_bytes must be at least {smallest}, the logits of one row of {vocab_size} ids, got "
+            f"{op}: workspace_bytes must be at least {smallest}, the logits of one row of {vocab_size} ids, got "
             f"{workspace_bytes}"
         )
 

@@ -7,13 +7,19 @@ With g the upstream gradient of the rows and dZ their d(logits) for upstream 1:
 so g never touches dZ, which is therefore made once, for any g.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from esr_kernels.linear_divergence.matrix_product import matmul_float32, weight_as, weighted_rows_as
+from esr_kernels.output_head import OutputHead
+from esr_kernels.output_projection.matrix_product import (
+    gradient_dtype,
+    matmul_float32,
+    weight_as,
+    weighted_rows_as,
+)
 
 # Vocabulary ids taken at once: 64 MiB of converted weight at D = 2048 and 128 MiB of its gradient in float32.
 SLICE_IDS = 16384
@@ -136,4 +142,31 @@ def backward_of_kept(
         hidden_gradient,
         None if weight is None else weight.of_one_chunk(gradient_logits_N_V),
         None if bias is None else bias.of_one_chunk(gradient_logits_N_V),
+    )
+
+
+def gradients_of_chunks(
+    chunks: Iterable[tuple[slice, Tensor]], weight_N: Tensor, hidden_N_D: Tensor, head: OutputHead, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias from d(logits) (n, V) of one chunk of rows at a time.
+
+    `weight_N` is what multiplies a row. Memory beyond the results: (N, D) float16, the weight's gradient in float32, (n, D)
+    float32.
+    """
+    dtype = gradient_dtype(hidden_N_D, head.weight)
+    weight, bias = head_gradients(hidden_N_D, head.weight, head.bias, weight_N, dtype, needs)
+    hidden_gradient = torch.empty_like(hidden_N_D, memory_format=torch.contiguous_format) if needs.hidden else None
+    for rows, gradient_n_V in chunks:
+        if needs.hidden:
+            sum_n_D = hidden_N_D.new_empty((rows.stop - rows.start, hidden_N_D.shape[1]), dtype=torch.float32)
+            accumulate_hidden_gradient(gradient_n_V, head.weight, sum_n_D)
+            hidden_gradient[rows] = weigh_hidden_gradient(sum_n_D, weight_N[rows], hidden_N_D.dtype)
+        if weight is not None:
+            weight.add(rows, gradient_n_V)
+        if bias is not None:
+            bias.add(rows, gradient_n_V)
+    return (
+        hidden_gradient,
+        None if weight is None else weight.result(),
+        None if bias is None else bias.result(),
     )
