@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+MOST_IDS = 1024
+
 
 class Impl(str, Enum):
     """`FUSED`: the kernels. `REFERENCE`: plain PyTorch on any device and float dtype, the specification of the op."""
@@ -63,4 +65,17 @@ def require_kernels(op: str, **tensors: Tensor | None) -> None:
     if find_spec("triton") is None:
         raise NotImplementedError(
             f"{op}: impl=Impl.FUSED needs Triton, which is not installed; pip install triton, {instead}"
+        )
+
+
+def check_number_of_ids(op: str, name: str, num_ids: int) -> None:
+    """Raise where a row asks for more ids than a program of `Impl.FUSED` holds in its registers.
+
+    Raises:
+        ValueError: K > 1024.
+    """
+    if num_ids > MOST_IDS:
+        raise ValueError(
+            f"{op}: {name} must have at most {MOST_IDS} ids per row with impl=Impl.FUSED, got {num_ids}; pass "
+            "impl=Impl.REFERENCE for plain PyTorch"
         )
