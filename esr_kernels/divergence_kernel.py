@@ -142,18 +142,22 @@ class DivergenceKernel(NamedTuple):
 
     `is_gradient_bounded`: no entry of d(logits) exceeds 3 in magnitude, however large the divergence. Else they stay below
     3 + 2 (1 + |parameter|) times the divergence.
+
+    `truncated_cost`: with this multiple of p added, the weighted cost is p * dD/dp itself, which a sum over a part of the events
+    needs; None: a sum over a part is not defined, because terms were changed by what sums to 0 over all.
     """
 
     function: triton.JITFunction
     direction: str = ""
     is_gradient_bounded: bool = False
+    truncated_cost: float | None = None
 
 
 # By `Divergence.kernel()`.
 DIVERGENCE_KERNELS = {
-    "ForwardKL": DivergenceKernel(forward_kl, "forward", is_gradient_bounded=True),
-    "ReverseKL": DivergenceKernel(reverse_kl, "reverse"),
-    "GeneralizedJSD": DivergenceKernel(generalized_jsd, is_gradient_bounded=True),
+    "ForwardKL": DivergenceKernel(forward_kl, "forward", is_gradient_bounded=True, truncated_cost=-1.0),
+    "ReverseKL": DivergenceKernel(reverse_kl, "reverse", truncated_cost=1.0),
+    "GeneralizedJSD": DivergenceKernel(generalized_jsd, is_gradient_bounded=True, truncated_cost=0.0),
     "SkewForwardKL": DivergenceKernel(skew_forward_kl, is_gradient_bounded=True),
     "SkewReverseKL": DivergenceKernel(skew_reverse_kl),
     "TotalVariation": DivergenceKernel(total_variation, is_gradient_bounded=True),
