@@ -12,6 +12,7 @@ norm, their rounding alone may cost 2e-3; then 1e-3 of independent error may joi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,6 +56,17 @@ def check_linear_divergence(inputs: LinearInputs, divergence: Divergence, upstre
     same_dtype = evaluate_linear_divergence(inputs, divergence, upstream_N, impl=Impl.REFERENCE, **options)
     oracle = linear_divergence_oracle(inputs, divergence, upstream_N, **options)
     check_results(actual, oracle=oracle, same_dtype=same_dtype)
+    return actual
+
+
+def check_against(oracle_of: Callable[..., Oracle], evaluate: Callable[..., Results], *arguments, **options) -> Results:
+    """Run FUSED, PyTorch and the oracle on the same arguments; check every result and return those of FUSED.
+
+    Raises:
+        AssertionError: as `check_results`.
+    """
+    actual, same_dtype = (evaluate(*arguments, impl=impl, **options) for impl in (Impl.FUSED, Impl.REFERENCE))
+    check_results(actual, oracle=oracle_of(*arguments, **options), same_dtype=same_dtype)
     return actual
 
 

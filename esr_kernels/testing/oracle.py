@@ -33,7 +33,7 @@ from esr_kernels.output_head import OutputHead
 from esr_kernels.testing.inputs import LinearInputs, LogitPair
 from esr_kernels.token_divergence import token_divergence
 
-Inputs = TypeVar("Inputs", LogitPair, LinearInputs)
+Inputs = TypeVar("Inputs", bound=tuple)  # a named tuple of tensors and output heads
 
 # Results by name: the fields of DivergenceOutput, then the gradients ("grad_" and the name of the student's tensor).
 Results = dict[str, Tensor]
@@ -144,12 +144,14 @@ def _bounds_of_output(values: Results, is_tile_relative: bool = False) -> Result
 
 
 def converted(inputs: Inputs, target: torch.dtype | str) -> Inputs:
-    """The same inputs in another float dtype, or on another device."""
+    """The same inputs in another float dtype (integer tensors stay as they are), or on another device."""
 
-    def convert(field: Tensor | OutputHead) -> Tensor | OutputHead:
+    def convert(field: Tensor | OutputHead | int) -> Tensor | OutputHead | int:
         if isinstance(field, OutputHead):
             bias = None if field.bias is None else field.bias.to(target)
             return replace(field, weight=field.weight.to(target), bias=bias)
+        if not isinstance(field, Tensor) or (isinstance(target, torch.dtype) and not field.is_floating_point()):
+            return field
         return field.to(target)
 
     return type(inputs)(*map(convert, inputs))

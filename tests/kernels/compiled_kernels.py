@@ -145,6 +145,7 @@ def launched(name: str, launch: Callable[..., object], *positional: Any, **keywo
 
     types = {
         torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+        torch.bool: "*i1",
     }  # fmt: skip
     variants = []
 

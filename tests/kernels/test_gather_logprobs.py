@@ -120,7 +120,6 @@ def test_low_precision_gives_float32():
         ({"token_ids_N_K": torch.tensor([[0], [1], [9], [2]])}, ValueError, r"must be in \[-1, 8\], got 9 in row 2"),
         ({"token_ids_N_K": torch.tensor([[0], [-2], [1], [2]])}, ValueError, r"must be in \[-1, 8\], got -2 in row 1"),
         ({"temperature": -1.0}, ValueError, r"temperature must be finite and > 0, got -1.0"),
-        ({"impl": Impl.FUSED}, NotImplementedError, r"the fused kernel is not built .* impl=Impl.REFERENCE"),
     ],
 )
 def test_refuses(changed, error, message):

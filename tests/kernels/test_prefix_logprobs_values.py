@@ -146,7 +146,7 @@ def test_empty_results(B, horizon):
     result = prefix_logprobs(
         logits, torch.zeros(B, 4, dtype=torch.int64), torch.ones(B, dtype=torch.int64), horizon, impl=Impl.REFERENCE
     )
-    assert [tuple(x.shape) for x in result] == [(B, horizon)] * 3
+    assert [tuple(x.shape) for x in result] == [(B, horizon)] * 4
     result.logprobs_B_K.sum().backward()
     assert (logits.grad == 0).all()
 

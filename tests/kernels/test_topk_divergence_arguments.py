@@ -81,11 +81,3 @@ GOOD = {
 def test_wrong_arguments_raise(changed, error, message):
     with pytest.raises(error, match="topk_divergence: " + message):
         topk_divergence(**{**GOOD, **changed})
-
-
-def test_fused_is_the_default_and_says_how_to_get_the_reference():
-    arguments = {name: value for name, value in GOOD.items() if name != "impl"}
-    with pytest.raises(NotImplementedError, match=r"topk_divergence: .* not built yet .* impl=Impl\.REFERENCE"):
-        topk_divergence(**arguments)
-    with pytest.raises(ValueError, match="loss_temperature"):
-        topk_divergence(**arguments, loss_temperature=0)

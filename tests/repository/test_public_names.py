@@ -14,16 +14,23 @@ PUBLIC_NAMES = {
     "linear_divergence": "student_hidden_N_D, student_head, teacher_hidden_N_E, teacher_head, divergence, *, "
     "loss_temperature, token_ids_N, stop_ids, vocab_size, logits, workspace_bytes, impl",
     "topk_divergence": "student_hidden_N_D, student_head, teacher_ids_N_K, teacher_logprobs_N_K, divergence, *, "
-    "tail_bucket, loss_temperature, impl",
+    "tail_bucket, renormalize, loss_temperature, logits, workspace_bytes, impl",
+    "select_topk_ids": "hidden_N_D, head, num_ids, *, united_with_N_K, workspace_bytes",
     "prefix_logprobs": "logits_B_T_V, token_ids_B_T, starts_B, horizon, *, lengths_B, temperature, impl",
-    "linear_prefix_logprobs": "hidden_B_T_D, head, token_ids_B_T, starts_B, horizon, *, lengths_B, temperature, impl",
-    "gather_logprobs": "hidden_N_D, head, token_ids_N_K, *, temperature, impl",
+    "linear_prefix_logprobs": "hidden_B_T_D, head, token_ids_B_T, starts_B, horizon, *, lengths_B, temperature, logits, "
+    "workspace_bytes, impl",
+    "gather_logprobs": "hidden_N_D, head, token_ids_N_K, *, temperature, logits, workspace_bytes, impl",
+    "reverse_kl_estimate": "student_logprobs, teacher_logprobs, *, estimator",
+    "sampled_reverse_kl_loss": "student_logprobs, teacher_logprobs, *, estimator",
+    "sampled_forward_kl_loss": "student_logprobs, teacher_logprobs, *, estimator",
+    "reverse_kl_policy_gradient_loss": "student_logprobs, teacher_logprobs, *, cost, behaviour_logprobs, baseline, "
+    "clip_range, max_ratio",
     "sample_tokens": "logits_B_V, state, *, impl",
     "SamplerState.create": "batch_size, horizon, *, eos_ids, sampling_temperature, top_k, top_p, min_p, seed, "
     "request_ids, pad_id, device",
     "DivergenceOutput": "divergence_N, student_entropy_N, teacher_entropy_N, student_logprob_N, teacher_logprob_N, "
     "top1_agreement_N",
-    "PrefixLogprobs": "logprobs_B_K, entropy_B_K, mask_B_K",
+    "PrefixLogprobs": "logprobs_B_K, entropy_B_K, mask_B_K, is_top1_B_K",
     "OutputHead": "weight, bias, logit_scale, softcap",
     "Impl": "FUSED, REFERENCE",
     "LogitStorage": "AUTO, FLOAT32, TILE_RELATIVE_FP16",
@@ -48,7 +55,7 @@ SAMPLER_STATE_TENSORS = {
 DEFAULTS = {
     "token_divergence": {"divergence": esr_kernels.ReverseKL(), "loss_temperature": 1.0},
     "linear_divergence": {"divergence": esr_kernels.ReverseKL(), "logits": esr_kernels.LogitStorage.AUTO},
-    "topk_divergence": {"divergence": esr_kernels.ForwardKL(), "tail_bucket": True},
+    "topk_divergence": {"divergence": esr_kernels.ForwardKL(), "tail_bucket": True, "renormalize": True},
 }
 
 
