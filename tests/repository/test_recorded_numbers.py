@@ -37,12 +37,18 @@ def test_every_row_of_the_readme_table_is_in_a_result_file(path, record_demo):
     assert all(row in readme for row in rows)
 
 
-def test_the_tables_of_the_numerics_are_those_of_the_result_file():
-    results = json.loads((ROOT / "bench" / "results" / "amd-epyc" / "logit_precision.json").read_text())
-    tables = load_script("logit_precision_report").tables(results)
+def test_the_tables_of_the_numerics_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    tables = {}
+    for experiment, script in (
+        ("logit_precision", "logit_precision_report"),
+        ("logprob_precision", "logprob_precision"),
+    ):
+        results = json.loads((ROOT / "bench" / "results" / "amd-epyc" / f"{experiment}.json").read_text())
+        tables |= load_script(script).tables(results)
     document = (ROOT / "docs" / "numerics.md").read_text()
     recorded = re.findall(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", document, re.DOTALL)
-    assert len(tables) == 6
+    assert len(tables) == 8
     assert dict(recorded) == tables
 
 
