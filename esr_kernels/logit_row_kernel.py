@@ -1,4 +1,7 @@
-"""Reading a row of logits, tile by tile: any storage, the head's bias, scale and soft cap, the temperature, stop ids."""
+"""Reading a row of logits, tile by tile: any storage, the head's bias, scale and soft cap, the temperature, stop ids.
+
+And what is common to writing a row of gradients.
+"""
 
 import triton
 import triton.language as tl
@@ -126,3 +129,11 @@ def as_stored(gradient, gradient_row_ptr, IS_SCALED: tl.constexpr):
     if IS_SCALED:
         gradient = tl.clamp(gradient, -65504.0, 65504.0)
     return gradient.to(gradient_row_ptr.dtype.element_ty)
+
+
+@triton.jit
+def write_zero_row(gradient_row_ptr, vocab_size, BLOCK_VOCAB: tl.constexpr):
+    for start in range(0, vocab_size, BLOCK_VOCAB):
+        columns, tile_index = tile_columns(start, BLOCK_VOCAB)
+        zeros = tl.zeros(columns.shape, dtype=gradient_row_ptr.dtype.element_ty)
+        tl.store(gradient_row_ptr + columns, zeros, mask=columns < vocab_size)

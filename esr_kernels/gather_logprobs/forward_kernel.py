@@ -20,13 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.elementary_kernel import log1p_small
-from esr_kernels.logit_row_kernel import as_stored, head_slope, load_logits
+from esr_kernels.logit_row_kernel import as_stored, head_slope, load_logits, write_zero_row
 from esr_kernels.logit_rows import LogitRows
 from esr_kernels.online_logsumexp import finite_max, max_shift, move_entropy_sum, times_exp
 from esr_kernels.row_gradient import NO_GRADIENT, RowGradient
 from esr_kernels.row_rest_kernel import sweep_rest, write_softmax_row
 from esr_kernels.tile_config import TileConfig, choose_one_sided_tile_config
-from esr_kernels.token_divergence.gradient_kernel import write_zero_row
 
 # Rows of a chunk start anywhere in the tensors that hold few numbers per row.
 PER_ROW_POINTERS = [

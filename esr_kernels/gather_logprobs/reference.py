@@ -2,10 +2,10 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from esr_kernels.output_head import OutputHead
-from esr_kernels.prefix_logprobs.reference import tempered_log_softmax
 
 
 def gather_logprobs_reference(
@@ -19,3 +19,11 @@ def gather_logprobs_reference(
     gathered_R_K = logprobs_R_V.gather(1, token_ids_N_K.long().masked_fill(~is_known_N_K, 0)[rows_R])
     gathered_R_K = gathered_R_K.masked_fill(~is_known_N_K[rows_R], math.nan).masked_fill(~is_asked_N_K[rows_R], 0.0)
     return gathered_R_K.new_zeros(token_ids_N_K.shape).index_put((rows_R,), gathered_R_K)
+
+
+def tempered_log_softmax(logits_N_V: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) in float32, float64 for float64; -inf with gradient 0 in rows that are all -inf."""
+    dtype = torch.promote_types(logits_N_V.dtype, torch.float32)
+    is_masked_N_1 = (logits_N_V == -math.inf).all(-1, keepdim=True)
+    logits_N_V = logits_N_V.to(dtype).masked_fill(is_masked_N_1, 0.0)
+    return (logits_N_V / temperature).log_softmax(-1).masked_fill(is_masked_N_1, -math.inf)

@@ -1,10 +1,11 @@
-"""Reference of `prefix_logprobs`, and what the references of the other log-prob ops share. The specification."""
+"""Reference of `prefix_logprobs`: rows of the valid slots, log-softmax, and back to their slots. The specification."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from esr_kernels.gather_logprobs.reference import tempered_log_softmax
 from esr_kernels.prefix_logprobs.prefix_slots import prefix_mask
 from esr_kernels.prefix_logprobs.result import PrefixLogprobs
 
@@ -49,11 +50,3 @@ def scatter_slots(logits_N_V: Tensor, token_ids_N: Tensor, mask_B_K: Tensor, tem
         mask_B_K,
         torch.zeros_like(mask_B_K).index_put(valid, is_top1_N),
     )
-
-
-def tempered_log_softmax(logits_N_V: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) in float32, float64 for float64; -inf with gradient 0 in rows that are all -inf."""
-    dtype = torch.promote_types(logits_N_V.dtype, torch.float32)
-    is_masked_N_1 = (logits_N_V == -math.inf).all(-1, keepdim=True)
-    logits_N_V = logits_N_V.to(dtype).masked_fill(is_masked_N_1, 0.0)
-    return (logits_N_V / temperature).log_softmax(-1).masked_fill(is_masked_N_1, -math.inf)

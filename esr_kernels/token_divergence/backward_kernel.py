@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.divergence_kernel import DIVERGENCE_KERNELS
+from esr_kernels.logit_row_kernel import write_zero_row
 from esr_kernels.logit_rows import LogitRows
 from esr_kernels.tile_config import TileConfig, choose_tile_config
-from esr_kernels.token_divergence.gradient_kernel import write_gradient_row, write_zero_row
+from esr_kernels.token_divergence.gradient_kernel import write_gradient_row
 from esr_kernels.token_divergence.row_tensors import RowState
 
 

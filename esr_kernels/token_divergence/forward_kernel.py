@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esr_kernels.divergence_kernel import DIVERGENCE_KERNELS
-from esr_kernels.logit_row_kernel import is_stop_column, load_logit_pair, logsumexp, tile_columns
+from esr_kernels.logit_row_kernel import is_stop_column, load_logit_pair, logsumexp, tile_columns, write_zero_row
 from esr_kernels.logit_rows import LogitRows
 from esr_kernels.online_logsumexp import (
     cross_term,
@@ -28,7 +28,7 @@ from esr_kernels.online_logsumexp import (
 )
 from esr_kernels.row_gradient import NO_GRADIENT, RowGradient
 from esr_kernels.tile_config import TileConfig, choose_tile_config
-from esr_kernels.token_divergence.gradient_kernel import write_gradient_row, write_zero_row
+from esr_kernels.token_divergence.gradient_kernel import write_gradient_row
 from esr_kernels.token_divergence.row_tensors import RowOutputs, RowState
 
 # Rows of a chunk start anywhere in the tensors that hold one number per row.

@@ -110,11 +110,3 @@ def write_gradient_row(
         as_stored(certain_gradient, gradient_row_ptr, IS_SCALED),
         mask=(certain_id >= 0) & (certain_id < vocab_size),
     )
-
-
-@triton.jit
-def write_zero_row(gradient_row_ptr, vocab_size, BLOCK_VOCAB: tl.constexpr):
-    for start in range(0, vocab_size, BLOCK_VOCAB):
-        columns, tile_index = tile_columns(start, BLOCK_VOCAB)
-        zeros = tl.zeros(columns.shape, dtype=gradient_row_ptr.dtype.element_ty)
-        tl.store(gradient_row_ptr + columns, zeros, mask=columns < vocab_size)

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from esr_kernels.divergence_kernel import DIVERGENCE_KERNELS
 from esr_kernels.elementary_kernel import expm1, log1p_small
-from esr_kernels.logit_row_kernel import as_stored, head_slope
+from esr_kernels.logit_row_kernel import as_stored, head_slope, write_zero_row
 from esr_kernels.logit_rows import LogitRows
 from esr_kernels.online_logsumexp import finite_max, max_shift, times_exp
 from esr_kernels.output_projection.picked_logits_kernel import PickedLogits
 from esr_kernels.row_gradient import RowGradient
 from esr_kernels.row_rest_kernel import sweep_rest, write_softmax_row
 from esr_kernels.tile_config import TileConfig, choose_one_sided_tile_config
-from esr_kernels.token_divergence.gradient_kernel import write_zero_row
 
 PER_ROW_POINTERS = [
     "ids_ptr", "picked_ptr", "teacher_logprobs_ptr", "divergence_ptr", "student_entropy_ptr", "teacher_entropy_ptr",
