@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from esr_kernels.autograd_rules import check_no_second_derivative
+from esr_kernels.autograd_rules import check_no_second_derivative, restore_saved, save_for_backward
 from esr_kernels.gather_logprobs import registration  # noqa: F401 (defines the ops)
 from esr_kernels.logit_storage import LogitStorage
 from esr_kernels.output_head import OutputHead
@@ -19,7 +19,7 @@ class GatherLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, *settings_and_ids) -> Tensor:
         *settings, token_ids, temperature = settings_and_ids
         logprobs, *kept = torch.ops.esr_kernels.gather_logprobs_forward(hidden, weight, bias, *settings_and_ids)
-        ctx.save_for_backward(*kept, hidden, weight, bias, token_ids)
+        save_for_backward(ctx, *kept, hidden, weight, bias, token_ids)
         ctx.settings, ctx.temperature = settings, temperature
         ctx.set_materialize_grads(False)
         return logprobs
@@ -30,7 +30,7 @@ class GatherLogprobs(torch.autograd.Function):
         gradients = [None] * (5 + len(ctx.settings))
         if upstream is None:
             return tuple(gradients)
-        *kept, hidden, weight, bias, token_ids = ctx.saved_tensors
+        *kept, hidden, weight, bias, token_ids = restore_saved(ctx)
         needs = list(ctx.needs_input_grad[:3])
         found = torch.ops.esr_kernels.gather_logprobs_backward(
             upstream, needs, *kept, hidden, weight, bias, *ctx.settings, token_ids, ctx.temperature

@@ -110,9 +110,11 @@ def gather_backward(
 def gradient_unit(upstream_N_K: Tensor, slope: float, dtype: torch.dtype) -> Tensor:
     """Unit of a row of d(logits), whose entries are at most `slope` times the sum of the upstream gradients' magnitudes.
 
-    For float16 the power of two that brings this bound to at most 2^15, else 1.
+    For float16 the power of two that brings this bound to at most 2^15, else 1. 0 for a row without upstream gradient, whose
+    hidden state may hold anything.
     """
     bound_N = slope * upstream_N_K.abs().sum(1)
-    if dtype != torch.float16:
-        return torch.ones_like(bound_N)
-    return torch.exp2((torch.ceil(torch.log2(bound_N)) - 15).clamp_min(-126))
+    unit_N = torch.ones_like(bound_N)
+    if dtype == torch.float16:
+        unit_N = torch.exp2((torch.ceil(torch.log2(bound_N)) - 15).clamp_min(-126))
+    return torch.where(bound_N == 0, 0.0, unit_N)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from esr_kernels.autograd_rules import can_be_saved, check_no_second_derivative
+from esr_kernels.autograd_rules import check_no_second_derivative, restore_saved, save_for_backward
 from esr_kernels.divergence import Divergence
 from esr_kernels.divergence_kernel import choose_kernel
 from esr_kernels.divergence_output import DivergenceOutput
@@ -18,9 +18,7 @@ class TokenDivergence(torch.autograd.Function):
         *outputs, row_sums, student_top1 = torch.ops.esr_kernels.token_divergence_forward(
             student_logits, teacher_logits, divergence, parameter, loss_temperature, token_ids, stop_ids, vocab_size
         )
-        saves_teacher = can_be_saved(teacher_logits)
-        ctx.teacher_logits = None if saves_teacher else teacher_logits
-        ctx.save_for_backward(student_logits, teacher_logits if saves_teacher else None, row_sums, student_top1)
+        save_for_backward(ctx, student_logits, teacher_logits, row_sums, student_top1)
         ctx.settings = (divergence, parameter, loss_temperature, stop_ids, vocab_size)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -31,11 +29,7 @@ class TokenDivergence(torch.autograd.Function):
         check_no_second_derivative("token_divergence")
         gradient = None
         if upstream is not None and ctx.needs_input_grad[0]:
-            student_logits, teacher_logits, row_sums, student_top1 = ctx.saved_tensors
-            teacher_logits = ctx.teacher_logits if teacher_logits is None else teacher_logits
-            gradient = torch.ops.esr_kernels.token_divergence_backward(
-                upstream, student_logits, teacher_logits, row_sums, student_top1, *ctx.settings
-            )
+            gradient = torch.ops.esr_kernels.token_divergence_backward(upstream, *restore_saved(ctx), *ctx.settings)
         return (
             gradient,  # student_logits
             None,  # teacher_logits: frozen
