@@ -1,22 +1,21 @@
 """What this machine can do, measured in the same run: its copy rate and the bare matrix products of the linear ops.
 
-The floor of a linear divergence is the sum of the products that no schedule can leave out:
+The floor of a linear op is the sum of the products that no schedule can leave out:
 
     logits of the student     (N, D) x (D, V)    bfloat16 to float32
-    logits of the teacher     (N, E) x (E, V)    bfloat16 to float32
-    d(hidden)                 (N, V) x (V, D)    bfloat16
+    logits of the teacher     (N, E) x (E, V)    bfloat16 to float32, where the op projects one
+    d(hidden)                 (N, V) x (V, D)    bfloat16, where a gradient is wanted
     d(weight)                 (V, N) x (N, D)    bfloat16, where the head is trained
 
 Nothing that our own schedule does beside them (conversions, slices, accumulation in float32) is part of it.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from timing import Stopwatch, summary
 from torch import Tensor
-
-from esr_kernels.testing.cases import Shape
 
 REPETITIONS = 20
 WARM_UP_CALLS = 3
@@ -24,6 +23,35 @@ COPY_BYTES = 2**32
 SQUARE = 8192
 # Larger products are timed at this many rows (4 whole waves of tiles on 132 multiprocessors) and scaled.
 MOST_ROWS = 8448
+
+
+class LinearWork(NamedTuple):
+    """The products of the minimal schedule of a linear op: name for `Ceilings.gemm_ms`, hidden size."""
+
+    num_rows: int
+    vocab_size: int
+    products: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(
+        cls,
+        num_rows: int,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        trained: tuple[str, ...],
+        teacher_size: int | None = None,
+    ) -> "LinearWork":
+        """`trained` names the tensors that get a gradient, as the oracles of `esr_kernels.testing` do."""
+        products = [("logits", hidden_size)]
+        if teacher_size is not None:
+            products.append(("logits", teacher_size))
+        products += [(f"{name.removeprefix('student_')}_gradient", hidden_size) for name in trained]
+        return cls(num_rows, vocab_size, tuple(products))
+
+    def flop(self) -> int:
+        """Floating-point operations."""
+        return 2 * self.num_rows * self.vocab_size * sum(size for _, size in self.products)
 
 
 class Ceilings:
@@ -63,15 +91,9 @@ class Ceilings:
         self.measured_gemms[f"{product} N={rows} V={vocab_size} D={size}"] = milliseconds
         return milliseconds
 
-    def linear_floor_ms(self, shape: Shape, *, trains_head: bool) -> float:
+    def floor_ms(self, work: LinearWork) -> float:
         """Sum of the bare products of the minimal schedule."""
-        rows, vocab_size = shape.rows, shape.vocab_size
-        floor = self.gemm_ms("logits", rows, vocab_size, shape.student_size)
-        floor += self.gemm_ms("logits", rows, vocab_size, shape.teacher_size)
-        floor += self.gemm_ms("hidden_gradient", rows, vocab_size, shape.student_size)
-        if trains_head:
-            floor += self.gemm_ms("weight_gradient", rows, vocab_size, shape.student_size)
-        return floor
+        return sum(self.gemm_ms(product, work.num_rows, work.vocab_size, size) for product, size in work.products)
 
     def record(self) -> dict:
         return {
@@ -103,9 +125,3 @@ def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 @product_in_float32.register_fake
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
-
-
-def linear_flop(shape: Shape, *, trains_head: bool) -> int:
-    """Floating-point operations of the minimal schedule."""
-    per_column = 2 * shape.rows * shape.vocab_size
-    return per_column * (shape.student_size * (3 if trains_head else 2) + shape.teacher_size)

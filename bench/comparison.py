@@ -17,7 +17,6 @@ from torch import Tensor
 
 from esr_kernels.logit_storage import LogitStorage
 from esr_kernels.testing.error_budget import check_results, relative_error_in_norm
-from esr_kernels.testing.inputs import LinearInputs, LogitPair
 from esr_kernels.testing.oracle import Oracle, Results
 
 # Rows that are compared with the float64 oracle, evenly spaced over all rows.
@@ -25,23 +24,27 @@ GATE_ROWS = 256
 # Relative error in norm above which another implementation computes something else, not the same inexactly.
 SOMETHING_ELSE = 0.5
 
-Inputs = LogitPair | LinearInputs
+# Names of the differentiable result of an op; their errors and those of the gradients are reported.
+VALUES = ("divergence", "logprobs")
+
+Inputs = tuple  # a named tuple of tensors and heads, or of such
 Run = Callable[[Inputs, Tensor | None], Results]
+Part = Callable[[str, Tensor], Tensor]
 
 
 class Gate(NamedTuple):
-    """The float64 oracle on some rows. Gradients of a head are sums over rows, compared whole."""
+    """The float64 oracle on a part of what is computed."""
 
-    rows: Tensor
+    part: Part  # what of a result, by its name, the oracle was asked for
     oracle: Oracle
     same_dtype: Results  # PyTorch at the same dtype
 
     def compared(self, actual: Results) -> Results:
-        return {name: t if name == "grad_student_weight" else t[self.rows] for name, t in actual.items()}
+        return {name: self.part(name, tensor) for name, tensor in actual.items()}
 
     def errors(self, actual: Results) -> dict[str, float]:
-        """Relative error in norm of the divergence and of each gradient."""
-        names = [name for name in actual if name == "divergence" or name.startswith("grad_")]
+        """Relative error in norm of the value and of each gradient."""
+        names = [name for name in actual if name in VALUES or name.startswith("grad_")]
         actual = self.compared({name: actual[name] for name in names})
         return {name: relative_error_in_norm(actual[name], self.oracle.values[name]) for name in names}
 
@@ -71,7 +74,7 @@ class Candidate:
     storage: LogitStorage = LogitStorage.FLOAT32
     norm_limit: float | None = None  # in place of the error budget
     facts: dict = field(default_factory=dict)
-    results: Callable[[object, Tensor | None], Results] = lambda raw, upstream_N: raw
+    results: Callable[[object, Tensor | None], Results] = lambda raw, upstream: raw
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ class Group:
     case: str
     setting: dict
     inputs: list[Inputs]  # rotated
-    upstream_N: Tensor | None  # None: forward alone
+    upstream: Tensor | None  # one entry per value of the op; None: forward alone
     gate: Callable[[LogitStorage], Gate]
-    gate_upstream_N: Tensor | None
+    gate_upstream: Tensor | None
     candidates: list[Candidate]
     counted_bytes: int
     counted_flop: int
@@ -92,6 +95,11 @@ class Group:
 
 def gate_rows(num_rows: int, device: torch.device) -> Tensor:
     return torch.linspace(0, num_rows - 1, min(num_rows, GATE_ROWS), device=device).round().long()
+
+
+def at_rows(rows: Tensor) -> Part:
+    """Results at these rows. Gradients of a head are sums over rows and compared whole."""
+    return lambda name, tensor: tensor if name.endswith("weight") else tensor[rows]
 
 
 def only_at(rows: Tensor, upstream_N: Tensor) -> Tensor:
@@ -106,7 +114,7 @@ def measured_rows(group: Group, stopwatch: Stopwatch, budget: Budget) -> Iterato
         row, is_good = prepared_row(group, candidate, stopwatch)
         rows.append(row)
         is_timed.append(is_good)
-    calls = [partial(timed_call, candidate, group.upstream_N) for candidate in group.candidates]
+    calls = [partial(timed_call, candidate, group.upstream) for candidate in group.candidates]
     order = [i for i in range(len(rows)) if is_timed[i]]
     samples: dict[int, list[Sample]] = {i: [] for i in order}
     repetitions = {}
@@ -121,8 +129,8 @@ def measured_rows(group: Group, stopwatch: Stopwatch, budget: Budget) -> Iterato
     yield from rows
 
 
-def timed_call(candidate: Candidate, upstream_N: Tensor | None, inputs: Inputs) -> object:
-    return candidate.run(inputs, upstream_N)
+def timed_call(candidate: Candidate, upstream: Tensor | None, inputs: Inputs) -> object:
+    return candidate.run(inputs, upstream)
 
 
 def prepared_row(group: Group, candidate: Candidate, stopwatch: Stopwatch) -> tuple[dict, bool]:
@@ -134,11 +142,11 @@ def prepared_row(group: Group, candidate: Candidate, stopwatch: Stopwatch) -> tu
     row = {"case": group.case, **group.setting, "implementation": candidate.name, "is_ours": candidate.is_ours}
     row |= {"counted_bytes": group.counted_bytes, "counted_flop": group.counted_flop, "floor_ms": group.floor_ms}
     row |= candidate.facts
-    call = partial(timed_call, candidate, group.upstream_N, group.inputs[0])
+    call = partial(timed_call, candidate, group.upstream, group.inputs[0])
     try:
         row["first_call_s"] = stopwatch.seconds(call)
-        raw = candidate.run(group.inputs[0], group.gate_upstream_N)
-        results, gate = candidate.results(raw, group.gate_upstream_N), group.gate(candidate.storage)
+        raw = candidate.run(group.inputs[0], group.gate_upstream)
+        results, gate = candidate.results(raw, group.gate_upstream), group.gate(candidate.storage)
         row["errors"] = gate.errors(results)
         gate.check(results, candidate.norm_limit)
         del raw, results

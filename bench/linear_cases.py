@@ -18,19 +18,17 @@ from functools import cache, partial
 
 import torch
 from baselines import compiled, from_hidden, run_on_hidden
-from ceilings import Ceilings, linear_flop
-from comparison import SOMETHING_ELSE, Candidate, Gate, Group, gate_rows, only_at
-from peers import PEERS
+from ceilings import Ceilings, LinearWork
+from comparison import SOMETHING_ELSE, Candidate, Gate, Group, at_rows, gate_rows, only_at
+from our_candidates import AUTO, FLOAT32, TILE_RELATIVE, LinearOpCall, Setting, our_candidate
+from peers import DIVERGENCE_PEERS
 from settings import Settings
 
 from esr_kernels import Impl, LogitStorage
-from esr_kernels.output_projection.matrix_product import gradient_dtype
-from esr_kernels.output_projection.plan import LinearPlan, default_workspace_bytes, plan_linear_op
 from esr_kernels.testing.cases import DIVERGENCES, Shape
 from esr_kernels.testing.inputs import LinearInputs, make_linear_inputs, make_upstream
 from esr_kernels.testing.oracle import evaluate_linear_divergence, linear_divergence_oracle
 
-FLOAT32, TILE_RELATIVE, AUTO = LogitStorage.FLOAT32, LogitStorage.TILE_RELATIVE_FP16, LogitStorage.AUTO
 HEAD_TRAINED = ("student_hidden", "student_weight")
 HEAD_FROZEN = ("student_hidden",)
 EAGER, COMPILED_16, COMPILED_32 = "eager", "compile, bfloat16 logits", "compile, float32 logits"
@@ -45,20 +43,23 @@ def l1_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group
         "L1",
         "reverse_kl",
         ours=[*ours, (FLOAT32, settings.recompute_bytes), (TILE_RELATIVE, settings.recompute_bytes)],
-        others=(EAGER, COMPILED_16, COMPILED_32, *PEERS),
+        others=(EAGER, COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS),
     )
-    return [reverse, partial(linear_group, settings, ceilings, "L1", "forward_kl", ours=ours, others=tuple(PEERS))]
+    return [
+        reverse,
+        partial(linear_group, settings, ceilings, "L1", "forward_kl", ours=ours, others=tuple(DIVERGENCE_PEERS)),
+    ]
 
 
 def l2_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
-    others = (COMPILED_16, COMPILED_32, *PEERS)
+    others = (COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS)
     return [partial(linear_group, settings, ceilings, "L2", "jsd_0.5", ours=ours, others=others)]
 
 
 def l3_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
-    others = (COMPILED_16, COMPILED_32, *PEERS)
+    others = (COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS)
     group = partial(linear_group, settings, ceilings, "L3", "reverse_kl", ours=ours, others=others)
     return [partial(group, trained=HEAD_FROZEN)]
 
@@ -66,7 +67,7 @@ def l3_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group
 def l4_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     shape = replace(settings.shape, rows=settings.many_rows)
     ours = [(AUTO, None), (TILE_RELATIVE, None), (FLOAT32, settings.keep_bytes)]
-    others = (COMPILED_16, COMPILED_32, *PEERS)
+    others = (COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS)
     return [partial(linear_group, settings, ceilings, "L4", "reverse_kl", shape=shape, ours=ours, others=others)]
 
 
@@ -77,7 +78,7 @@ def l5_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group
 
 def l7_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
-    others = (EAGER, COMPILED_16, COMPILED_32, *PEERS)
+    others = (EAGER, COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS)
     group = partial(linear_group, settings, ceilings, "L7", "reverse_kl", ours=ours, others=others)
     # 16-bit logits are meant to be wrong here.
     return [partial(group, gap=gap, norm_limit=float("inf")) for gap in settings.gaps]
@@ -89,7 +90,7 @@ def linear_group(
     case: str,
     name: str,
     *,
-    ours: list[tuple[LogitStorage, int | None]],
+    ours: list[Setting],
     others: tuple[str, ...] = (),
     shape: Shape | None = None,
     trained: tuple[str, ...] = HEAD_TRAINED,
@@ -101,14 +102,19 @@ def linear_group(
     trains_head = trained == HEAD_TRAINED
     inputs = make_linear_inputs(shape, gap=gap, dtype=torch.bfloat16, device=settings.device)
     upstream_N = make_upstream(shape.rows, seed=1, device=settings.device)
-    candidates = [our_candidate(inputs, name, trained, *setting) for setting in ours]
+    call = our_call(inputs, name, trained)
+    candidates = [our_candidate(call, *setting) for setting in ours]
     for other in others:
         run = other_run(other, name, trains_head, settings.compile_backend)
         candidates.append(Candidate(other, run, is_ours=False, norm_limit=norm_limit))
     gate = linear_gate(inputs, name, trained, upstream_N)
+    work = LinearWork.of(
+        shape.rows, shape.vocab_size, shape.student_size, teacher_size=shape.teacher_size, trained=trained
+    )
     return Group(
         case=case,
         setting={
+            "op": "linear_divergence",
             "divergence": name,
             "dtype": "bfloat16",
             "pass": "forward and backward",
@@ -122,63 +128,34 @@ def linear_group(
             "upstream": "normal, one per row",
         },
         inputs=[inputs],
-        upstream_N=upstream_N,
+        upstream=upstream_N,
         gate=gate,
-        gate_upstream_N=only_at(gate_rows(shape.rows, upstream_N.device), upstream_N),
+        gate_upstream=only_at(gate_rows(shape.rows, upstream_N.device), upstream_N),
         candidates=candidates,
         counted_bytes=0,
-        counted_flop=linear_flop(shape, trains_head=trains_head),
-        floor_ms=ceilings.linear_floor_ms(shape, trains_head=trains_head),
+        counted_flop=work.flop(),
+        floor_ms=ceilings.floor_ms(work),
     )
 
 
-def our_candidate(
-    inputs: LinearInputs, name: str, trained: tuple[str, ...], storage: LogitStorage, workspace_bytes: int | None
-) -> Candidate:
-    plan = plan_of(inputs, trained, storage, workspace_bytes)
-    run = partial(
-        evaluate_linear_divergence,
-        divergence=DIVERGENCES[name],
-        impl=Impl.FUSED,
-        trained=trained,
-        logits=storage,
-        workspace_bytes=workspace_bytes,
-    )
-    return Candidate(
-        f"ours, {storage.value}" + ("" if workspace_bytes is None else f", workspace {workspace_bytes / 1e9:.3g} GB"),
-        lambda inputs, upstream_N: run(inputs, upstream_N=upstream_N),
-        storage=plan.storage,
-        facts={
-            "storage": plan.storage.value,
-            "schedule": plan.schedule.value,
-            "chunk_rows": plan.chunk_rows,
-            "workspace_bytes": workspace_bytes,
-        },
-    )
-
-
-def plan_of(
-    inputs: LinearInputs, trained: tuple[str, ...], storage: LogitStorage, workspace_bytes: int | None
-) -> LinearPlan:
-    """What the op will choose, for the record."""
-    hidden_N_D, weight_V_D = inputs.student_hidden_N_D, inputs.student_head.weight
-    return plan_linear_op(
+def our_call(inputs: LinearInputs, name: str, trained: tuple[str, ...]) -> LinearOpCall:
+    evaluate = partial(evaluate_linear_divergence, impl=Impl.FUSED, trained=trained)
+    hidden_N_D = inputs.student_hidden_N_D
+    return LinearOpCall.of(
         "linear_divergence",
-        hidden_N_D.shape[0],
-        weight_V_D.shape[0],
+        lambda inputs, upstream_N, **options: evaluate(inputs, DIVERGENCES[name], upstream_N, **options),
+        hidden_N_D,
+        inputs.student_head.weight,
+        num_rows=hidden_N_D.shape[0],
         num_sides=2,
-        needs_hidden_gradient=True,
-        needs_head_gradient="student_weight" in trained,
-        gradient_itemsize=gradient_dtype(hidden_N_D, weight_V_D).itemsize,
-        storage=storage,
-        workspace_bytes=workspace_bytes or default_workspace_bytes(hidden_N_D.device),
+        trained=trained,
     )
 
 
 @cache  # so that L7 compiles once for all gaps
 def other_run(other: str, name: str, trains_head: bool, backend: str) -> Callable:
-    if other in PEERS:
-        return partial(PEERS[other], name=name, trains_head=trains_head)
+    if other in DIVERGENCE_PEERS:
+        return partial(DIVERGENCE_PEERS[other], name=name, trains_head=trains_head)
     function = from_hidden(name, has_float32_logits=other == COMPILED_32)
     if other != EAGER:
         function = compiled(function, backend)
@@ -198,7 +175,7 @@ def linear_gate(
     @cache
     def gate(storage: LogitStorage) -> Gate:
         return Gate(
-            rows,
+            at_rows(rows),
             linear_divergence_oracle(*arguments, trained=trained, logits=storage),
             evaluate_linear_divergence(*arguments, impl=Impl.REFERENCE, trained=trained),
         )

@@ -15,7 +15,7 @@ from functools import cache, partial
 
 import torch
 from baselines import AS_WRITTEN, compiled, run_on_logits
-from comparison import SOMETHING_ELSE, Candidate, Gate, Group, Run, gate_rows
+from comparison import SOMETHING_ELSE, Candidate, Gate, Group, Run, at_rows, gate_rows
 from settings import Settings
 
 from esr_kernels import Impl, token_divergence
@@ -90,6 +90,7 @@ def token_group(
     return Group(
         case=case,
         setting={
+            "op": "token_divergence",
             "divergence": name,
             "dtype": str(dtype).removeprefix("torch."),
             "pass": "forward and backward" if has_backward else "forward",
@@ -98,9 +99,9 @@ def token_group(
             "upstream": "normal, one per row" if has_backward else None,
         },
         inputs=inputs,
-        upstream_N=upstream_N if has_backward else None,
+        upstream=upstream_N if has_backward else None,
         gate=token_gate(inputs[0], name, upstream_N),
-        gate_upstream_N=upstream_N if has_backward else None,
+        gate_upstream=upstream_N if has_backward else None,
         candidates=candidates,
         counted_bytes=(3 if has_backward else 2) * rows * vocab_size * itemsize,
         counted_flop=0,
@@ -132,7 +133,7 @@ def token_gate(inputs: LogitPair, name: str, upstream_N: torch.Tensor) -> Callab
         rows = gate_rows(len(upstream_N), upstream_N.device)
         arguments = LogitPair(*(logits[rows] for logits in inputs)), DIVERGENCES[name], upstream_N[rows]
         return Gate(
-            rows,
+            at_rows(rows),
             token_divergence_oracle(*arguments),
             evaluate_token_divergence(*arguments, impl=Impl.REFERENCE),
         )

@@ -201,8 +201,7 @@ def tables(results: dict) -> dict[str, str]:
     levels = [(source, level) for source in sources for level in sources[source]["topk"]]
     topk_rows = [["reverse KL (nats)", *(scientific(level["value"]["reverse_kl"]) for _, level in levels)]]
     topk_rows += [
-        [label, *(scientific(level["reverse_kl"][storage]) for _, level in levels)]
-        for storage, label in LABELS.items()
+        [label, *(scientific(level["reverse_kl"][storage]) for _, level in levels)] for storage, label in LABELS.items()
     ]
     topk_headings = [f"{source}, noise {level['noise']:g}" for source, level in levels]
     return {

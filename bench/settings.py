@@ -19,7 +19,12 @@ class Settings:
     vocab_sizes: tuple[int, ...]
     row_counts: tuple[int, ...]
     recompute_bytes: int  # a workspace too small to keep d(logits) of `shape`
-    keep_bytes: int  # one that keeps those of `many_rows`
+    keep_bytes: int  # one that keeps those of `many_rows`, and of `full_horizon`
+    rollouts: int  # of the prefix cases, which start after `prompt_columns`
+    prompt_columns: int
+    horizon: int
+    full_horizon: int  # of rollouts that are not stopped early
+    numbers_of_ids: tuple[int, ...]  # of top-k
     gaps: tuple[float, ...]  # between teacher and student logits; reverse KL is about half the square
     tiles: tuple[tuple[int, int], ...]  # (block_vocab, num_warps)
     slice_ids: tuple[int, ...]
@@ -45,6 +50,11 @@ def full_settings() -> Settings:
         row_counts=(320, 1056, 2112, 3200, 4096, 4224, 6400),
         recompute_bytes=2_000_000_000,
         keep_bytes=26_000_000_000,
+        rollouts=32,
+        prompt_columns=200,
+        horizon=100,
+        full_horizon=2000,
+        numbers_of_ids=(64, 256),
         gaps=(1.0, 0.3, 0.1, 0.03),
         tiles=(
             *((1024, 2), (1024, 4), (2048, 4), (2048, 8), (2048, 16)),
@@ -69,6 +79,11 @@ def smoke_settings() -> Settings:
         row_counts=(1, 3),
         recompute_bytes=3_500,
         keep_bytes=12_000,
+        rollouts=2,
+        prompt_columns=3,
+        horizon=2,
+        full_horizon=4,
+        numbers_of_ids=(3, 5),
         gaps=(1.0, 0.1),
         tiles=((256, 2),),
         slice_ids=(128, 200),

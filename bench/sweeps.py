@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from ceilings import Ceilings
 from comparison import Candidate, Group
-from linear_cases import FLOAT32, HEAD_TRAINED, TILE_RELATIVE, linear_group, our_candidate
+from linear_cases import HEAD_TRAINED, linear_group, our_call
 from logit_cases import KLS, drawn_logits, token_gate
+from our_candidates import FLOAT32, TILE_RELATIVE, our_candidate
 from settings import Settings
 from torch import Tensor
 
@@ -87,6 +88,7 @@ def tile_group(settings: Settings, kernel: str, name: str, dtype: torch.dtype) -
     return Group(
         case="tiles",
         setting={
+            "op": "token_divergence",
             "divergence": name,
             "dtype": str(dtype).removeprefix("torch."),
             "pass": kernel,
@@ -95,9 +97,9 @@ def tile_group(settings: Settings, kernel: str, name: str, dtype: torch.dtype) -
             "upstream": "normal, one per row" if kernel == "backward" else None,
         },
         inputs=prepared,
-        upstream_N=upstream_N,
+        upstream=upstream_N,
         gate=token_gate(pairs[0], name, upstream_N),
-        gate_upstream_N=upstream_N,
+        gate_upstream=upstream_N,
         candidates=candidates,
         counted_bytes=(reads * dtype.itemsize + written) * rows * vocab_size,
         counted_flop=0,
@@ -186,7 +188,7 @@ def slice_group(
     modules: tuple[ModuleType, ...],
 ) -> Group:
     group = linear_group(settings, ceilings, "slices", "reverse_kl", ours=[])
-    base = our_candidate(group.inputs[0], "reverse_kl", HEAD_TRAINED, storage, None)
+    base = our_candidate(our_call(group.inputs[0], "reverse_kl", HEAD_TRAINED), storage, None)
     for value in values:
         run = partial(run_with_constant, base.run, constant, value, modules)
         group.candidates.append(

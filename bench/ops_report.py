@@ -1,6 +1,6 @@
-"""Tables and the figure of a result file of bench/bench_divergence.py, also for one that was brought from elsewhere.
+"""Tables and the figure of a result file of bench/bench_ops.py, also for one that was brought from elsewhere.
 
-python bench/divergence_report.py bench/results/nvidia-h200/divergence.json
+python bench/ops_report.py bench/results/nvidia-h200/ops.json
 """
 
 import argparse
@@ -9,7 +9,7 @@ import math
 import sys
 from pathlib import Path
 
-from comparison import derived, largest_gradient_error
+from comparison import VALUES, derived, largest_gradient_error
 
 from esr_distill.complete_files import complete_file, write_text
 
@@ -30,12 +30,18 @@ COLUMNS = (
     "first call s",
     "n",
 )
-SETTING_KEYS = ("divergence", "dtype", "pass", "N", "V")
+SIZES = ("N", "V", "D", "T", "K")
+
+
+def measured(row: dict) -> str:
+    """The divergence, or the op where there is none."""
+    return row.get("divergence") or row["op"]
 
 
 def table_row(row: dict, copy_gb_per_s: float) -> tuple[str, ...]:
     """One row of results as text; columns as in COLUMNS."""
-    setting = ", ".join(str(row[key]) if key not in ("N", "V") else f"{key} {row[key]}" for key in SETTING_KEYS)
+    sizes = [f"{key} {row[key]}" for key in SIZES if key in row]
+    setting = ", ".join([measured(row), row["dtype"], row["pass"], *sizes])
     if row["case"] == "L7":
         setting += f", mean KL {row['mean_divergence']:.2g}"
     if row.get("d_weight") is False:
@@ -52,7 +58,8 @@ def table_row(row: dict, copy_gb_per_s: float) -> tuple[str, ...]:
         value = figures.get(key, row.get(key))
         return "" if value is None else pattern.format(scale * value)
 
-    value_error, gradient_error = row["errors"].get("divergence"), largest_gradient_error(row)
+    value_errors = [error for name, error in row["errors"].items() if name in VALUES]
+    gradient_error = largest_gradient_error(row)
     return (
         setting,
         name,
@@ -62,7 +69,7 @@ def table_row(row: dict, copy_gb_per_s: float) -> tuple[str, ...]:
         text("share_of_copy", "{:.0%}") + text("schedule_share_of_copy", " ({:.0%})"),
         text("ratio_to_products", "{:.3f}"),
         text("tflop_per_s", "{:.0f}"),
-        "" if value_error is None else f"{value_error:.1e}",
+        "".join(f"{error:.1e}" for error in value_errors),
         "" if math.isnan(gradient_error) else f"{gradient_error:.1e}",
         text("peak_bytes", "{:.2f}", 1e-9),
         text("host_ms", "{:.2f}"),
@@ -76,7 +83,7 @@ def markdown(results: dict) -> str:
     """Every case as a table, with what it was measured on and against."""
     machine, ceilings = results["machine"], results["ceilings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    lines = ["# Divergence ops: measured", ""]
+    lines = ["# Fused ops: measured", ""]
     if results["is_smoke"]:
         lines += ["**Smoke run in Triton's interpreter on tiny shapes: no figure here means anything.**", ""]
     lines += [
@@ -95,9 +102,24 @@ def markdown(results: dict) -> str:
         lines += [f"## {case}", "", "| " + " | ".join(COLUMNS) + " |"]
         lines += ["|" + " --- |" * 2 + " ---: |" * (len(COLUMNS) - 2)]
         lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows] + [""]
+        lines += horizon_lines([row for row in results["rows"] if row["case"] == case])
     lines += ["## Bare matrix products", "", "| product | ms |", "| --- | ---: |"]
     lines += [f"| {name} | {milliseconds:.3f} |" for name, milliseconds in ceilings["bare_products_ms"].items()]
     return "\n".join(lines) + "\n"
+
+
+def horizon_lines(rows: list[dict]) -> list[str]:
+    """What our prefix takes of the time of all rows, for the rows of one case that have a horizon."""
+    timed = [row for row in rows if "horizon" in row and row["status"] == "timed"]
+    lines = []
+    for short in (row for row in timed if row["is_ours"]):
+        for full in (row for row in timed if row["op"] == short["op"] and row["horizon"] > short["horizon"]):
+            share, rows_share = (short[key] / full[key] for key in ("median_ms", "N"))
+            lines.append(
+                f"- {short['op']}: {short['implementation']} takes {share:.4f} of the time of {full['implementation']}, "
+                f"on {rows_share:.4f} of its rows."
+            )
+    return [*lines, ""] if lines else []
 
 
 def accuracy_rows(results: dict) -> list[dict]:
@@ -147,7 +169,7 @@ def write_report(results: dict, path: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="a result file, e.g. bench/results/nvidia-h200/divergence.json")
+    parser.add_argument("result", type=Path, help="a result file, e.g. bench/results/nvidia-h200/ops.json")
     path = parser.parse_args(argv).result
     print(*write_report(json.loads(path.read_text(encoding="utf-8")), path), sep="\n")
     return 0

@@ -1,9 +1,8 @@
-"""Does the benchmark of the divergences measure what it says, and refuse what is wrong?
+"""Does the benchmark of the ops measure what it says, and refuse what is wrong?
 
-python -m pytest tests/bench/test_bench_divergence.py
+python -m pytest tests/bench/test_bench_ops.py
 """
 
-import importlib
 import json
 import os
 import re
@@ -21,15 +20,7 @@ from esr_kernels.testing.inputs import make_logit_pair, make_upstream
 from esr_kernels.testing.oracle import evaluate_token_divergence
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL_CASES = ("K1", "L1", "L7", "L3", "L2", "L5", "K2", "K3", "L4", "tiles", "slices")
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """Import a module of bench by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "bench"))
-        yield importlib.import_module
+ALL_CASES = ("K1", "L1", "B2", "L6", "B1", "L7", "L3", "L2", "L5", "K2", "K3", "B4", "L4", "tiles", "slices")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +29,7 @@ def smoke_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    script, cases = str(ROOT / "bench" / "bench_divergence.py"), ",".join(ALL_CASES)
+    script, cases = str(ROOT / "bench" / "bench_ops.py"), ",".join(ALL_CASES)
     command = [sys.executable, "-W", "ignore", script, "--smoke", "--out", str(folder), "--cases", cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -60,7 +51,7 @@ def test_every_case_runs_and_every_gate_holds(smoke):
     assert smoke["is_finished"] and smoke["is_smoke"] and smoke["failed_groups"] == []
     assert tuple(dict.fromkeys(row["case"] for row in smoke["rows"])) == ALL_CASES
     for row in smoke["rows"]:
-        is_peer = row["implementation"].startswith(("TRL", "Liger"))
+        is_peer = row["implementation"].startswith(("TRL", "Liger", "verl"))
         assert row["status"] == "timed" or (is_peer and row["status"] == "not installed"), row
         if row["status"] == "timed":
             assert row["repetitions"] >= 2 and 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
@@ -68,10 +59,15 @@ def test_every_case_runs_and_every_gate_holds(smoke):
 
 def test_every_storage_and_schedule_is_measured(smoke):
     ours = [row for row in smoke["rows"] if "schedule" in row]
-    assert {row["schedule"] for row in ours} == {"keep", "hidden", "recompute"}
+    assert {row["schedule"] for row in ours} == {"value", "keep", "hidden", "recompute"}
     assert {row["storage"] for row in ours} == {"float32", "tile_relative_fp16"}
     assert {row["chunk_rows"] for row in rows_of(smoke, "L1", schedule="recompute")} == {1}
     assert {row["d_weight"] for row in rows_of(smoke, "L3")} == {False}
+    schedules = {"B1": {"value"}, "B2": {"keep", "hidden"}, "L6": {"keep"}}
+    for case, expected in schedules.items():
+        rows = [row for row in rows_of(smoke, case) if row["is_ours"]]
+        assert {row["schedule"] for row in rows} == expected
+        assert {row["storage"] for row in rows} == {"float32", "tile_relative_fp16"}
 
 
 def test_work_is_counted_as_by_hand(smoke):
@@ -84,6 +80,24 @@ def test_work_is_counted_as_by_hand(smoke):
     # 2 N V (D + E) for the logits, 2 N V D for each gradient
     assert {row["counted_flop"] for row in rows_of(smoke, "L1")} == {2 * 400 * (16 + 24 + 16 + 16)}
     assert {row["counted_flop"] for row in rows_of(smoke, "L3")} == {2 * 400 * (16 + 24 + 16)}
+    assert {row["counted_flop"] for row in rows_of(smoke, "L6")} == {2 * 400 * 3 * 16}
+
+
+def test_work_of_a_prefix_is_that_of_its_rows(smoke):
+    # Two rollouts of two response tokens, whatever comes before; B4: two or four tokens of four.
+    flop = 2 * 2 * 2 * 200
+    assert {(row["D"], row["counted_flop"]) for row in rows_of(smoke, "B1")} == {(16, flop * 16), (24, flop * 24)}
+    assert {(row["d_weight"], row["counted_flop"]) for row in rows_of(smoke, "B2")} == {
+        (True, flop * 3 * 16),
+        (False, flop * 2 * 16),
+    }
+    of_hidden = rows_of(smoke, "B4", op="linear_prefix_logprobs")
+    work = {(row["horizon"], row["N"], row["counted_flop"]) for row in of_hidden}
+    assert work == {(2, 4, flop * 3 * 16), (4, 8, 2 * flop * 3 * 16)}
+    short, full = ([row for row in of_hidden if row["horizon"] == horizon] for horizon in (2, 4))
+    assert len(short) == 1 and len(full) == 3 and short[0]["floor_ms"] != full[0]["floor_ms"]
+    of_logits = rows_of(smoke, "B4", op="prefix_logprobs")
+    assert {(row["horizon"], row["N"], row["counted_bytes"]) for row in of_logits} == {(2, 4, 1600), (4, 8, 3200)}
 
 
 def test_errors_are_those_of_the_precision(smoke):
@@ -94,6 +108,11 @@ def test_errors_are_those_of_the_precision(smoke):
     for name in ("ours, float32", "ours, tile_relative_fp16"):
         assert set(near[name]["errors"]) == {"divergence", "grad_student_hidden", "grad_student_weight"}
         assert max(near[name]["errors"].values()) < 5e-3
+    for case, value in {"B2": "logprobs", "B4": "logprobs", "L6": "divergence"}.items():
+        for row in rows_of(smoke, case, is_ours=True, **{"pass": "forward and backward"}):
+            gradients = {"grad_hidden"} if row["d_weight"] is False else {"grad_hidden", "grad_weight"}
+            assert set(row["errors"]) == {value, *gradients}
+            assert max(row["errors"].values()) < 5e-3, row
 
 
 def test_the_report_says_that_a_smoke_run_means_nothing(smoke, smoke_folder):
@@ -103,6 +122,7 @@ def test_the_report_says_that_a_smoke_run_means_nothing(smoke, smoke_folder):
     table_rows = [line for line in text.splitlines() if line.startswith("| ") and line.count("|") > 10]
     assert len(table_rows) == len(smoke["rows"]) + 2 * len(ALL_CASES)  # a heading and a rule for each case
     assert "float32, keep, chunk 2" in text
+    assert "- prefix_logprobs: ours, horizon 2 takes" in text and "on 0.5000 of its rows" in text
     (figure,) = smoke_folder.glob("*.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
 
@@ -118,9 +138,9 @@ def group_of(bench):
             case="K1",
             setting={"divergence": "reverse_kl", "dtype": "float32", "pass": "forward and backward", "N": 5, "V": 67},
             inputs=[inputs],
-            upstream_N=upstream_N,
+            upstream=upstream_N,
             gate=logit_cases.token_gate(inputs, "reverse_kl", upstream_N),
-            gate_upstream_N=upstream_N,
+            gate_upstream=upstream_N,
             candidates=list(candidates),
             counted_bytes=3 * 4 * 5 * 67,
             counted_flop=0,
@@ -175,14 +195,14 @@ def test_a_red_gate_is_not_timed_and_costs_the_others_nothing(bench, group_of):
     assert rows["ours"]["errors"]["grad_student_logits"] > 1e-6
     assert rows["broken"]["message"] == "RuntimeError: no kernel image"
     assert "median_ms" not in rows["ours"] and "median_ms" in rows["right"]
-    assert [row["implementation"] for row in bench("bench_divergence").our_failures({"rows": list(rows.values())})] == [
+    assert [row["implementation"] for row in bench("bench_ops").our_failures({"rows": list(rows.values())})] == [
         "ours",
         "broken",
     ]
 
 
 def test_a_killed_run_keeps_what_it_has(bench, group_of, tmp_path, monkeypatch):
-    main, comparison = bench("bench_divergence"), bench("comparison")
+    main, comparison = bench("bench_ops"), bench("comparison")
 
     def killed():
         raise KeyboardInterrupt
@@ -195,11 +215,11 @@ def test_a_killed_run_keeps_what_it_has(bench, group_of, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(KeyboardInterrupt):
         main.main(["--smoke", "--cases", "K1", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "divergence-K1.json").read_text())
+    results = json.loads((tmp_path / "ops-K1.json").read_text())
     assert [row["implementation"] for row in results["rows"]] == ["ours"]
     assert results["failed_groups"] == [{"case": "K1", "message": "ValueError: no memory for inputs"}]
     assert not results["is_finished"]
-    assert "was not finished" in bench("divergence_report").markdown(results)
+    assert "was not finished" in bench("ops_report").markdown(results)
 
 
 def test_a_budget_drops_repetitions_and_never_all(bench):
@@ -231,7 +251,6 @@ def test_rates_and_ratios(bench):
 
 def test_the_floor_is_the_sum_of_the_products(bench, monkeypatch):
     ceilings, timing = bench("ceilings"), bench("timing")
-    shape = ceilings.Shape(rows=4, vocab_size=10, student_size=3, teacher_size=5)
     measured = ceilings.Ceilings(timing.Stopwatch(torch.device("cpu")), is_smoke=True)
     milliseconds = {
         ("logits", 3): 1.0,
@@ -240,18 +259,48 @@ def test_the_floor_is_the_sum_of_the_products(bench, monkeypatch):
         ("weight_gradient", 3): 1000.0,
     }
     monkeypatch.setattr(measured, "gemm_ms", lambda product, rows, vocab_size, size: milliseconds[product, size])
-    assert measured.linear_floor_ms(shape, trains_head=True) == 1111.0
-    assert measured.linear_floor_ms(shape, trains_head=False) == 111.0
+    work = partial(ceilings.LinearWork.of, 4, 10, 3)
+    two_sides = work(teacher_size=5, trained=("student_hidden", "student_weight"))
+    assert (measured.floor_ms(two_sides), two_sides.flop()) == (1111.0, 2 * 4 * 10 * (3 + 5 + 3 + 3))
+    assert measured.floor_ms(work(teacher_size=5, trained=("student_hidden",))) == 111.0
+    assert measured.floor_ms(work(trained=("hidden", "weight"))) == 1101.0
+    forward = work(trained=())
+    assert (measured.floor_ms(forward), forward.flop()) == (1.0, 2 * 4 * 10 * 3)
+
+
+def test_a_prefix_is_compared_with_all_rows_of_the_same_op(bench):
+    row = {
+        "status": "timed",
+        "is_ours": True,
+        "op": "a",
+        "implementation": "short",
+        "horizon": 1,
+        "N": 3,
+        "median_ms": 1.0,
+    }
+    rows = [
+        row,
+        row | {"implementation": "full", "horizon": 20, "N": 60, "median_ms": 25.0},
+        row | {"implementation": "peer", "horizon": 20, "N": 60, "median_ms": 40.0, "is_ours": False},
+        row | {"implementation": "other op", "horizon": 20, "N": 60, "op": "b"},
+        row | {"implementation": "refused", "horizon": 20, "status": "refused"},
+    ]
+    assert bench("ops_report").horizon_lines(rows) == [
+        "- a: short takes 0.0400 of the time of full, on 0.0500 of its rows.",
+        "- a: short takes 0.0250 of the time of peer, on 0.0500 of its rows.",
+        "",
+    ]
+    assert bench("ops_report").horizon_lines([{"status": "timed"}]) == []
 
 
 def test_a_sweep_restores_the_constant_and_knows_its_name(bench):
     sweeps = bench("sweeps")
-    before = sweeps.backward.SLICE_IDS
-    with sweeps.constant_as("SLICE_IDS", 128, (sweeps.backward,)):
-        assert [ids.stop - ids.start for ids in sweeps.backward.vocab_slices(300)] == [128, 128, 44]
-    assert sweeps.backward.SLICE_IDS == before
+    before = sweeps.gradients.SLICE_IDS
+    with sweeps.constant_as("SLICE_IDS", 128, (sweeps.gradients,)):
+        assert [ids.stop - ids.start for ids in sweeps.gradients.vocab_slices(300)] == [128, 128, 44]
+    assert sweeps.gradients.SLICE_IDS == before
     with pytest.raises(AttributeError, match="SLICE_WIDTH"):
-        with sweeps.constant_as("SLICE_WIDTH", 128, (sweeps.backward,)):
+        with sweeps.constant_as("SLICE_WIDTH", 128, (sweeps.gradients,)):
             pass
 
 
@@ -271,14 +320,14 @@ def test_a_sweep_restores_the_constant_and_knows_its_name(bench):
 def test_wrong_arguments_are_errors(bench, monkeypatch, capsys, arguments, message):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit):
-        bench("bench_divergence").main(["--out", "runs/x", *arguments])
+        bench("bench_ops").main(["--out", "runs/x", *arguments])
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_smoke_run_and_a_selection_have_places_of_their_own(bench, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    main = bench("bench_divergence")
+    main = bench("bench_ops")
     assert main.parsed(["--smoke"]).out == ROOT / "runs" / "bench-smoke"
-    assert main.result_file(Path("x"), main.DEFAULT_CASES) == Path("x/divergence.json")
-    assert main.result_file(Path("x"), ("tiles", "K1")) == Path("x/divergence-tiles-K1.json")
+    assert main.result_file(Path("x"), main.DEFAULT_CASES) == Path("x/ops.json")
+    assert main.result_file(Path("x"), ("tiles", "K1")) == Path("x/ops-tiles-K1.json")
     assert set(main.DEFAULT_CASES) == set(ALL_CASES) - {"tiles", "slices"}

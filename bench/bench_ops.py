@@ -1,12 +1,12 @@
-"""Times of the fused divergence ops on a GPU, each behind its correctness gate, against what torch offers and the peers.
+"""Times of the fused ops on a GPU, each behind its correctness gate, against what torch offers and the peers.
 
-python bench/bench_divergence.py                           # results to bench/results/ and the GPU's name
-python bench/bench_divergence.py --cases tiles,slices
-TRITON_INTERPRET=1 python bench/bench_divergence.py --smoke     # results to runs/bench-smoke
+python bench/bench_ops.py                           # results to bench/results/ and the GPU's name
+python bench/bench_ops.py --cases tiles,slices
+TRITON_INTERPRET=1 python bench/bench_ops.py --smoke     # results to runs/bench-smoke
 
-Cases: K1 to K3 in bench/logit_cases.py, L1 to L5 and L7 in bench/linear_cases.py, the sweeps in bench/sweeps.py. After each
-group of rows the result file is written whole: a run that is killed keeps what it has measured. The exit status is 1 when
-one of our own rows was refused or failed.
+Cases: K1 to K3 in bench/logit_cases.py, L1 to L5 and L7 in bench/linear_cases.py, L6 in bench/topk_cases.py, B1, B2 and B4 in
+bench/prefix_cases.py, the sweeps in bench/sweeps.py. After each group of rows the result file is written whole: a run that is
+killed keeps what it has measured. The exit status is 1 when one of our own rows was refused or failed.
 
 --smoke runs every case on a CPU in Triton's interpreter, on tiny shapes, to prove that all run and all gates hold. Its times
 mean nothing and it writes nowhere under bench/results.
@@ -23,14 +23,16 @@ from pathlib import Path
 import torch
 from ceilings import Ceilings
 from comparison import Group, derived, measured_rows
-from divergence_report import write_report
 from linear_cases import l1_groups, l2_groups, l3_groups, l4_groups, l5_groups, l7_groups
 from logit_cases import k1_groups, k2_groups, k3_groups
+from ops_report import measured, write_report
+from prefix_cases import b1_groups, b2_groups, b4_groups
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from settings import Settings, full_settings, smoke_settings
 from sweeps import slice_groups, tile_groups
 from timing import Budget, Stopwatch
+from topk_cases import l6_groups
 
 from esr_distill.complete_files import write_json
 from esr_distill.machine import machine_record
@@ -42,12 +44,16 @@ GroupMakers = list[Callable[[], Group]]
 CASES: dict[str, Callable[[Settings, Ceilings], GroupMakers]] = {
     "K1": lambda settings, _: k1_groups(settings),
     "L1": l1_groups,
+    "B2": b2_groups,
+    "L6": l6_groups,
+    "B1": b1_groups,
     "L7": l7_groups,
     "L3": l3_groups,
     "L2": l2_groups,
     "L5": l5_groups,
     "K2": lambda settings, _: k2_groups(settings),
     "K3": lambda settings, _: k3_groups(settings),
+    "B4": b4_groups,
     "L4": l4_groups,
     "tiles": lambda settings, _: tile_groups(settings),
     "slices": slice_groups,
@@ -104,7 +110,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def result_file(out: Path, cases: tuple[str, ...]) -> Path:
     """A selection of cases has its own file, so that it replaces no full run."""
-    return out / ("divergence.json" if cases == DEFAULT_CASES else f"divergence-{'-'.join(cases)}.json")
+    return out / ("ops.json" if cases == DEFAULT_CASES else f"ops-{'-'.join(cases)}.json")
 
 
 def run(options: argparse.Namespace, console: Console) -> dict:
@@ -160,8 +166,8 @@ def free_memory(stopwatch: Stopwatch) -> None:
 
 
 def summary_line(row: dict) -> str:
-    setting = f"{row['case']:>6} {row['divergence']:<10} {row['dtype']:<8} {row['pass']:<22} N {row['N']:<6}"
-    line = f"{setting} {row['implementation']:<36}"
+    setting = f"{row['case']:>6} {measured(row):<22} {row['dtype']:<8} {row['pass']:<22} N {row['N']:<6}"
+    line = f"{setting} {row['implementation']:<44}"
     if row["status"] != "timed":
         return f"{line} {row['status']}: {row['message'].splitlines()[0]}"
     line += f" {row['median_ms']:9.3f} ms"
@@ -188,9 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         for written in write_report(results, path):
             print_line(console, f"{written} written")
     except ImportError as error:  # matplotlib is not everywhere where a GPU is
-        console.print(
-            f"no figure: {error}; python bench/divergence_report.py {path} draws it elsewhere", soft_wrap=True
-        )
+        console.print(f"no figure: {error}; python bench/ops_report.py {path} draws it elsewhere", soft_wrap=True)
     failures = our_failures(results)
     for row in failures:
         print_line(console, f"error: {summary_line(row)}")
