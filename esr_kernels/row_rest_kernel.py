@@ -20,7 +20,7 @@ def sweep_rest(
     and whether one of them beats the token: by a larger logit, or an equal one at a lower id.
 
     Every lane has a maximum of its own and takes one exponential for each logit, of its distance to that maximum; the lanes
-    meet once, at the end, so that warps need not wait for each other in between. A +inf logit makes the sums NaN.
+    meet once, at the end, so that warps need not wait for each other in between. A +inf logit is left to the caller.
     """
     lane_max = tl.full((BLOCK_VOCAB // 128, 128), float("-inf"), dtype=tl.float32)
     lane_sum = tl.zeros((BLOCK_VOCAB // 128, 128), dtype=tl.float32)
@@ -37,7 +37,6 @@ def sweep_rest(
 
         # -inf - -inf must not be NaN, nor 0 * inf: an absent logit is infinitely far below, the first is far above.
         distance = tl.where(logits == float("-inf"), float("-inf"), logits - lane_max)
-        distance = tl.where(logits == float("-inf"), float("-inf"), logits - lane_max)
         is_new_max = distance > 0
         shift = -tl.abs(distance)  # of what is summed already, where the maximum is new, else of the logit
         rescale = tl.exp(shift)
@@ -52,7 +51,6 @@ def sweep_rest(
     rescale = tl.exp(shift)
     rest_weighted = tl.sum(move_entropy_sum(lane_weighted, lane_sum, shift, rescale))
     rest_sum = tl.sum(lane_sum * rescale)
-    rest_sum = tl.where(rest_max == float("inf"), float("nan"), rest_sum)
     return rest_max, rest_sum, rest_weighted, tl.max(is_beaten.to(tl.int32)) > 0
 
 

@@ -33,12 +33,13 @@ def gather_logprobs(
 
         (head.logits(hidden) / temperature).log_softmax(-1).gather(1, token_ids)     # 0 where token_ids is -1
 
-    Id -1 is padding: log-prob 0, no gradient; the hidden state of a row of padding is never read and its gradient is
+    Id -1 is padding: log-prob 0, no gradient; the hidden state of a row of padding plays no part and its gradient is
     exactly 0. An id may occur more than once in a row: each occurrence has its own value and its own upstream gradient.
     Differentiable in the hidden states and in the weight and bias of the head, with any upstream gradient per id.
 
     Under FUSED hidden states and weights are multiplied, and d(logits) and the head converted, as `linear_divergence` says; the
     logits of the ids themselves are always float32. A row of padding is projected like the others and its result discarded.
+    Another K compiles the kernels again.
     With n rows per chunk and g = 2 bytes (4 for float32 models), s = 4 bytes (FLOAT32) or 2 (TILE_RELATIVE_FP16), beyond inputs
     and results:
 
@@ -49,6 +50,8 @@ def gather_logprobs(
                                                            of the weight in 2 bytes
         gradient of hidden and head     3                  the same, and in backward a slice of the weight's gradient in 4 bytes
         ... where they do not fit       1 more             in forward s n V; in backward s n V and 4 V D for the weight's gradient
+
+    With TILE_RELATIVE_FP16 also 4 n 2048 for the slice on its way, and recomputing for float32 models 4 n V of d(logits).
 
     Args:
         hidden_N_D: any float dtype.

@@ -53,6 +53,8 @@ def gather_logprobs_fused(
     student = hidden_N_D, head, head.vocab_size
     plan = plan_for(NAME, *student, logits, workspace_bytes, num_sides=1, has_row_gradient=False)
     if plan.schedule is Schedule.KEEP and not 0 < num_rows <= plan.chunk_rows:  # logits are kept all or not at all
+        with torch.no_grad():
+            plan = plan_for(NAME, *student, logits, workspace_bytes, num_sides=1)
         plan = plan._replace(schedule=Schedule.RECOMPUTE)
     common = CommonInputs.of(*student, plan)
     return GatherLogprobs.apply(*common, token_ids_N_K, temperature)

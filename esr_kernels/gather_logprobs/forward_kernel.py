@@ -35,12 +35,24 @@ PER_ROW_POINTERS = [
 NO_ID = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=["num_rows", "columns_per_batch"], do_not_specialize_on_alignment=PER_ROW_POINTERS)
+@triton.jit
+def source_offset(source, columns_per_batch, batch_units, row_units):
+    """Offset of row `source` of (B, T, V) logits, in units that divide both strides.
+
+    Only the unit is specialised: it carries the alignment of rows, while T and B may change without another compilation.
+    """
+    return (source // columns_per_batch) * batch_units + (source % columns_per_batch) * row_units
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "columns_per_batch", "batch_units", "row_units"],
+    do_not_specialize_on_alignment=PER_ROW_POINTERS,
+)
 def logprob_row_kernel(
     logits_ptr, tile_max_ptr, bias_ptr, rows_ptr, token_ids_ptr, picked_ptr, upstream_ptr,
     logprobs_ptr, entropy_ptr, is_top1_ptr, sums_ptr, gradient_ptr, gradient_unit_ptr,
     num_rows, vocab_size, columns_per_batch,
-    batch_stride, row_stride, column_stride, tile_max_stride, gradient_row_stride,
+    stride_unit, batch_units, row_units, column_stride, tile_max_stride, gradient_row_stride,
     slope, softcap, unit_factor,
     NUM_IDS: tl.constexpr, BLOCK_IDS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, IS_HALF_GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -65,13 +77,10 @@ def logprob_row_kernel(
         if gradient_unit_ptr is not None and upstream_ptr is None:
             tl.store(gradient_unit_ptr + row, 1.0)
     else:
-        if rows_ptr is None:
-            row_ptr = logits_ptr + row * row_stride
-        else:
+        source = row
+        if rows_ptr is not None:
             source = tl.load(rows_ptr + row)
-            row_ptr = (
-                logits_ptr + (source // columns_per_batch) * batch_stride + (source % columns_per_batch) * row_stride
-            )
+        row_ptr = logits_ptr + source_offset(source, columns_per_batch, batch_units, row_units) * stride_unit
         if tile_max_ptr is not None:
             tile_max_ptr += row * tile_max_stride
         if picked_ptr is None:
@@ -101,7 +110,7 @@ def logprob_row_kernel(
         is_nan = total != total
 
         is_best = is_id & (ids == best_id)
-        logprobs = (id_logits - finite_max(row_max)) - log_total
+        logprobs = (id_logits - row_max) - log_total
         is_likely = tl.where(is_best, rest_share, 1.0) < 0.5
         logprobs = tl.where(is_likely, log1p_small(-tl.minimum(rest_share, 0.5)), logprobs)
         logprobs = tl.where(is_masked, float("-inf"), logprobs)
@@ -170,6 +179,13 @@ class SourceRows(NamedTuple):
     sums_3_N: Tensor  # float32, written: maximum, sum relative to it (0: no gradient), share of the others in it
 
 
+def strides_in_units(logits: Tensor) -> tuple[int, int, int]:
+    """(unit, batch stride / unit, row stride / unit) of (B, T, V) logits, or of (N, V) ones as a single batch."""
+    batch_stride, row_stride = (0, *logits.stride())[-3:-1]
+    unit = max(1, math.gcd(batch_stride, row_stride))
+    return unit, batch_stride // unit, row_stride // unit
+
+
 def launch_logprob_rows(
     logits: LogitRows,
     token_ids_N_K: Tensor,
@@ -194,11 +210,12 @@ def launch_logprob_rows(
             `logits`. The unit is a power of two for float16, 1 for float32, NaN (and the row 0) where the log-prob is NaN.
     """
     num_rows, num_ids = token_ids_N_K.shape
-    if num_rows == 0:
+    if num_ids == 0 and gradient.logits_n_V is not None:
+        gradient.logits_n_V.zero_()
+    if num_rows == 0 or num_ids == 0:
         return
     tile = tile or choose_one_sided_tile_config(vocab_size, num_ids)
     is_half = gradient.dtype == torch.float16
-    strides = logits.logits.stride()
     with torch.accelerator.device_index(token_ids_N_K.device.index):
         logprob_row_kernel[(num_rows,)](
             logits.logits,
@@ -214,10 +231,9 @@ def launch_logprob_rows(
             gradient.unit_n,
             num_rows,
             vocab_size,
-            1 if source is None else logits.logits.shape[1],
-            0 if source is None else strides[0],
-            strides[-2],
-            strides[-1],
+            num_rows if source is None else logits.logits.shape[1],
+            *strides_in_units(logits.logits),
+            logits.logits.stride(-1),
             0 if logits.tile_max is None else logits.tile_max.stride(0),
             0 if gradient.logits_n_V is None else gradient.logits_n_V.stride(0),
             logits.slope,

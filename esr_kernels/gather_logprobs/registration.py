@@ -48,13 +48,11 @@ def _fake_forward(*arguments) -> tuple[Tensor, ...]:
     inputs, plan = inputs_and_plan(arguments)
     logprobs_N_K = torch.empty_like(inputs.token_ids_N_K, dtype=torch.float32)
     num_rows, width = inputs.hidden_N_D.shape[0], padded_vocab_size(inputs.head.vocab_size)
-    empty = logprobs_N_K.new_empty(0)
     if plan.schedule is not Schedule.KEEP:
-        return logprobs_N_K, empty, empty, empty
-    if plan.storage is LogitStorage.FLOAT32:
-        return logprobs_N_K, logprobs_N_K.new_empty((num_rows, width)), empty, torch.empty_like(logprobs_N_K)
-    logits_N_V = logprobs_N_K.new_empty((num_rows, width), dtype=torch.float16)
-    tile_max_N_W = logprobs_N_K.new_empty((num_rows, width // TILE_COLUMNS))
+        return logprobs_N_K, *KeptLogits.nothing(logprobs_N_K)
+    is_float32 = plan.storage is LogitStorage.FLOAT32
+    logits_N_V = logprobs_N_K.new_empty((num_rows, width), dtype=torch.float32 if is_float32 else torch.float16)
+    tile_max_N_W = logprobs_N_K.new_empty(0 if is_float32 else (num_rows, width // TILE_COLUMNS))
     return logprobs_N_K, logits_N_V, tile_max_N_W, torch.empty_like(logprobs_N_K)
 
 

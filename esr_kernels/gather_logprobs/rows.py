@@ -28,6 +28,10 @@ class KeptLogits(NamedTuple):
     tile_max_N_W: Tensor  # empty where the logits are float32
     picked_N_K: Tensor
 
+    @classmethod
+    def nothing(cls, like: Tensor) -> "KeptLogits":
+        return cls(*(like.new_empty(0) for _ in cls._fields))
+
 
 class GatherRows(NamedTuple):
     hidden_N_D: Tensor
@@ -61,13 +65,13 @@ def gather_forward(inputs: GatherRows, plan: LinearPlan) -> tuple[Tensor, KeptLo
     Memory beyond the results: the logits of `plan.chunk_rows` rows. FLOP: 2 N V D.
     """
     logprobs_N_K = torch.empty_like(inputs.token_ids_N_K, dtype=torch.float32)
-    empty = logprobs_N_K.new_empty(0)
-    kept = KeptLogits(empty, empty, empty)
+    kept = KeptLogits.nothing(logprobs_N_K)
     projection = Projection(inputs.side(), None, plan.chunk_rows, plan.storage)
     for rows, logits, picked_n_K in inputs.projected_chunks(projection, plan.chunk_rows):
         logprobs_N_K[rows] = inputs.run_rows(rows, logits, picked_n_K)
         if plan.schedule is Schedule.KEEP:
-            kept = KeptLogits(logits.logits, empty if logits.tile_max is None else logits.tile_max, picked_n_K)
+            tile_max_N_W = kept.tile_max_N_W if logits.tile_max is None else logits.tile_max
+            kept = KeptLogits(logits.logits, tile_max_N_W, picked_n_K)
     return logprobs_N_K, kept
 
 
@@ -81,7 +85,9 @@ def gather_backward(
     """
     hidden_N_D, head, side = inputs.hidden_N_D, inputs.head, inputs.side()
     dtype = gradient_dtype(hidden_N_D, head.weight)
-    upstream_N_K = upstream_N_K.float().masked_fill(inputs.token_ids_N_K == -1, 0.0).contiguous()
+    ids_N_K = inputs.token_ids_N_K
+    is_id_N_K = (ids_N_K >= 0) & (ids_N_K < head.vocab_size)
+    upstream_N_K = upstream_N_K.float().masked_fill(~is_id_N_K, 0.0).contiguous()
     unit_N = gradient_unit(upstream_N_K, side.slope, dtype)
 
     def gradient_of(rows: slice, logits: LogitRows, picked_n_K: Tensor, out_n_V: Tensor) -> Tensor:
@@ -117,4 +123,4 @@ def gradient_unit(upstream_N_K: Tensor, slope: float, dtype: torch.dtype) -> Ten
     unit_N = torch.ones_like(bound_N)
     if dtype == torch.float16:
         unit_N = torch.exp2((torch.ceil(torch.log2(bound_N)) - 15).clamp_min(-126))
-    return torch.where(bound_N == 0, 0.0, unit_N)
+    return unit_N.masked_fill((upstream_N_K == 0).all(1), 0.0)

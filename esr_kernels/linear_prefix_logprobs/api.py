@@ -56,13 +56,14 @@ def linear_prefix_logprobs(
                                              2 and of its gradient in 4 bytes
         ... where not     4                  in backward 4 n V or 2 n V, and 4 V D for the weight's gradient
 
+    With TILE_RELATIVE_FP16 also 4 n 2048 for the slice on its way, and for float32 models 4 n V of d(logits) beside the logits.
     Nothing of size (B, T, V) exists, and nothing of size (N, V) without a gradient of the head. Results repeat bit by bit.
 
     Args:
         hidden_B_T_D: any float dtype; column t predicts column t + 1.
         head: `OutputHead` or a bare weight (V, D).
         token_ids_B_T, horizon, temperature: as `prefix_logprobs`, also for the values that are checked on the CPU only.
-        starts_B, lengths_B: as `prefix_logprobs`; on the CPU whatever the device of the others, see above.
+        starts_B, lengths_B: as `prefix_logprobs`, on the CPU under the same conditions.
         logits: how FUSED stores logits; changes bytes and rounding, not the definition. AUTO takes FLOAT32 unless too few rows
             of it fit in `workspace_bytes`. REFERENCE keeps float32.
         workspace_bytes: > 0 or None; the most memory FUSED may hold for logits and kept d(logits), None for a sixteenth of the

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from esr_kernels.autograd_rules import can_be_saved, check_no_second_derivative
+from esr_kernels.autograd_rules import check_no_second_derivative, restore_saved, save_for_backward
 from esr_kernels.logit_storage import LogitStorage
 from esr_kernels.output_head import OutputHead
 from esr_kernels.output_projection.matrix_product import gradient_dtype
@@ -23,12 +23,12 @@ class LinearOpFunction(torch.autograd.Function):
             Schedule.VALUE.value: (),
             Schedule.HIDDEN.value: (hidden_gradient,),
             Schedule.KEEP.value: (gradient_logits, gradient_unit, *common[:3]),
-            Schedule.RECOMPUTE.value: (gradient_unit, *(a for a in arguments if can_be_saved(a))),
+            Schedule.RECOMPUTE.value: (gradient_unit, *(a for a in arguments if isinstance(a, Tensor))),
         }[common.schedule]
-        ctx.save_for_backward(*kept)
+        save_for_backward(ctx, *kept)
         ctx.name, ctx.schedule, ctx.vocab_size = name, common.schedule, common.vocab_size
-        ctx.settings = tuple(None if can_be_saved(a) else a for a in arguments)
-        ctx.is_saved = tuple(can_be_saved(a) for a in arguments)
+        ctx.settings = tuple(None if isinstance(a, Tensor) else a for a in arguments)
+        ctx.is_tensor = tuple(isinstance(a, Tensor) for a in arguments)
         ctx.hidden_dtype = common.hidden_N_D.dtype
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -42,17 +42,17 @@ class LinearOpFunction(torch.autograd.Function):
             return tuple(gradients)
         needs = list(ctx.needs_input_grad[1:4])  # hidden states, weight, bias
         if ctx.schedule == Schedule.HIDDEN.value:
-            (hidden_gradient,) = ctx.saved_tensors
+            (hidden_gradient,) = restore_saved(ctx)
             # 0 for upstream 0, also where the row is NaN
             weighted = (hidden_gradient * upstream[:, None]).masked_fill_(upstream[:, None] == 0, 0.0)
             gradients[1] = weighted.to(ctx.hidden_dtype)
             return tuple(gradients)
         if ctx.schedule == Schedule.KEEP.value:
-            found = torch.ops.esr_kernels.linear_backward_of_kept(upstream, *ctx.saved_tensors, ctx.vocab_size, needs)
+            found = torch.ops.esr_kernels.linear_backward_of_kept(upstream, *restore_saved(ctx), ctx.vocab_size, needs)
         else:
-            unit, *tensors = ctx.saved_tensors
+            unit, *tensors = restore_saved(ctx)
             tensors = iter(tensors)
-            arguments = [next(tensors) if is_t else s for is_t, s in zip(ctx.is_saved, ctx.settings, strict=True)]
+            arguments = [next(tensors) if is_t else s for is_t, s in zip(ctx.is_tensor, ctx.settings, strict=True)]
             backward = getattr(torch.ops.esr_kernels, f"{ctx.name}_backward_by_recomputing")
             found = backward(upstream, unit, needs, *arguments)
         for position, (gradient, is_needed) in enumerate(zip(found, needs, strict=True), start=1):

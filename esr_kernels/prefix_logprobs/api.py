@@ -39,12 +39,14 @@ def prefix_logprobs(
     FUSED (esr_kernels/gather_logprobs/forward_kernel.py, esr_kernels/prefix_logprobs/backward_kernel.py) reads each row of the
     prefix once in forward and once in backward, where it writes the gradient: with n valid slots 2 and 4 bytes per logit of n
     rows at 16 bits, and about 25 FLOP. The gradient is dense: its zeros are B T V elements written. Memory beyond the
-    results: 20 bytes a slot. `linear_prefix_logprobs` avoids logits and gradient of the other rows altogether.
+    results: about 40 bytes a slot. `linear_prefix_logprobs` avoids logits and gradient of the other rows altogether.
 
     Args:
         logits_B_T_V: any float dtype and strides; row t predicts column t + 1.
         token_ids_B_T: int32 or int64; at valid slots in [0, V).
-        starts_B: column of the first response token of each row, >= 1. On the logits' device, or on the CPU.
+        starts_B: column of the first response token of each row, >= 1. On the logits' device, or on the CPU, from where it is
+            copied without waiting: a pinned buffer must not be overwritten before the device has read it, and a CUDA graph
+            must not be captured with starts on the CPU.
         horizon: K >= 0, slots per row. 0 gives tensors of shape (B, 0).
         lengths_B: response tokens of each row, on the device of `starts_B`; default T - starts_B.
         temperature: > 0, divides the logits.

@@ -48,6 +48,4 @@ def prefix_logprobs_fused(
     rows_B_K = slots.batch_B_K * logits_B_T_V.shape[1] + slots.row_B_K
     outputs = SlotLogprobs.apply(logits_B_T_V, rows_B_K.flatten(), slots.token_B_K.flatten(), temperature)
     logprobs_B_K, entropy_B_K, is_top1_B_K = (output_N.view(slots.mask_B_K.shape) for output_N in outputs)
-    # The upstream gradient of a slot outside the mask is ignored, also where it is NaN.
-    logprobs_B_K = logprobs_B_K.masked_fill(~slots.mask_B_K, 0.0)
     return PrefixLogprobs(logprobs_B_K, entropy_B_K, slots.mask_B_K, is_top1_B_K)

@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.gather_logprobs.forward_kernel import SourceRows
+from esr_kernels.gather_logprobs.forward_kernel import SourceRows, source_offset, strides_in_units
 from esr_kernels.row_rest_kernel import write_softmax_row
 from esr_kernels.tile_config import TileConfig, choose_one_sided_tile_config
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "columns_per_batch", "upstream_stride"],
+    do_not_specialize=["num_rows", "columns_per_batch", "upstream_stride", "batch_units", "row_units"],
     do_not_specialize_on_alignment=["upstream_ptr", "rows_ptr", "token_ids_ptr", "sums_ptr"],
 )
 def logprob_gradient_kernel(
     upstream_ptr, logits_ptr, rows_ptr, token_ids_ptr, sums_ptr, gradient_ptr,
     num_rows, vocab_size, columns_per_batch, upstream_stride,
-    batch_stride, row_stride, column_stride, gradient_row_stride, slope,
+    stride_unit, batch_units, row_units, column_stride, gradient_row_stride, slope,
     BLOCK_VOCAB: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -34,7 +34,7 @@ def logprob_gradient_kernel(
         row_max = tl.load(sums_ptr + row)
         rest_share = tl.load(sums_ptr + 2 * num_rows + row)
         source = tl.load(rows_ptr + row)
-        row_ptr = logits_ptr + (source // columns_per_batch) * batch_stride + (source % columns_per_batch) * row_stride
+        row_ptr = logits_ptr + source_offset(source, columns_per_batch, batch_units, row_units) * stride_unit
         gradient_row_ptr = gradient_ptr + source * gradient_row_stride
         write_softmax_row(
             gradient_row_ptr, row_ptr, None, None, column_stride, slope, None, vocab_size,
@@ -74,7 +74,8 @@ def launch_logprob_gradient(
             vocab_size,
             logits_B_T_V.shape[1],
             upstream_N.stride(0),
-            *logits_B_T_V.stride(),
+            *strides_in_units(logits_B_T_V),
+            logits_B_T_V.stride(2),
             vocab_size,
             slope,
             BLOCK_VOCAB=tile.block_vocab,

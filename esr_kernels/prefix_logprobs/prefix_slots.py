@@ -20,7 +20,8 @@ class PrefixSlots(NamedTuple):
 def prefix_mask(starts_B: Tensor, lengths_B: Tensor | None, horizon: int, num_columns: int) -> Tensor:
     """Slot t is valid iff t < min(horizon, length), start + t < T and start >= 1; bool (B, horizon)."""
     slot_K = torch.arange(horizon, device=starts_B.device)
-    in_tensor_B_K = (starts_B[:, None] >= 1) & (starts_B[:, None] + slot_K < num_columns)
+    # Not starts + slot < T, which may overflow where a start is no column.
+    in_tensor_B_K = (starts_B[:, None] >= 1) & (slot_K < num_columns - starts_B[:, None])
     return in_tensor_B_K if lengths_B is None else in_tensor_B_K & (slot_K < lengths_B[:, None])
 
 

@@ -42,7 +42,7 @@ def scatter_slots(logits_N_V: Tensor, token_ids_N: Tensor, mask_B_K: Tensor, tem
     logprob_N = logprobs_N_V.gather(1, token_ids_N.long().masked_fill(~is_known_N, 0)[:, None]).squeeze(1)
     logprob_N = logprob_N.masked_fill(~is_known_N, math.nan)
     entropy_N = torch.special.entr(logprobs_N_V.detach().exp()).sum(-1)  # entr(0) = 0: -inf logits add nothing
-    is_top1_N = (logprobs_N_V.argmax(-1) == token_ids_N) & logprob_N.isfinite()
+    is_top1_N = (logits_N_V.argmax(-1) == token_ids_N) & logprob_N.isfinite()
     zeros_B_K, valid = logprob_N.new_zeros(mask_B_K.shape), mask_B_K.nonzero(as_tuple=True)
     return PrefixLogprobs(
         zeros_B_K.index_put(valid, logprob_N),

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import gradcheck
 
 from esr_kernels import Impl, OutputHead, gather_logprobs
+from esr_kernels.gather_logprobs.reference import gather_logprobs_reference
 
 N, D, V = 4, 5, 9
 # padding, duplicates, a row of padding alone, the first and the last id
@@ -89,6 +90,27 @@ def test_poison_in_padding_changes_nothing():
         runs.append((got, h.grad, w.grad))
     for clean, dirty in zip(*runs, strict=True):
         assert torch.equal(clean, dirty)
+
+
+def test_a_fully_masked_row_and_ids_that_are_none():
+    """Log-probs -inf, padding 0, NaN for what is no id (which is refused on the CPU but not on a device); gradient 0."""
+    hidden, weight = torch.randn(4, D, generator=torch.Generator().manual_seed(4)), torch.ones(V, D)
+    hidden[1], weight[3:] = -math.inf, 2.0
+    hidden.requires_grad_()
+    ids = torch.tensor([[0, -5, 4], [0, -1, V], [V, -2, -100], [1, 1, 8]])
+    got = gather_logprobs_reference(hidden, OutputHead(weight), ids, 1.0)
+    assert got[1, :2].tolist() == [-math.inf, 0.0] and got.isnan().tolist() == [
+        [False, True, False],
+        [False, False, True],
+        [True, True, True],
+        [False, False, False],
+    ]
+    (gradient,) = torch.autograd.grad(got, hidden, torch.full((4, 3), 2.0))
+    z = (hidden.detach() @ weight.T)[0]
+    p = torch.softmax(z, -1)
+    onehots = torch.nn.functional.one_hot(torch.tensor([0, 4]), V).sum(0)
+    torch.testing.assert_close(gradient[0], 2 * (onehots - 2 * p) @ weight, rtol=1e-5, atol=1e-5)
+    assert (gradient[1:3] == 0).all() and (gradient[3] != 0).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0)])

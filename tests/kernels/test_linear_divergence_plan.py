@@ -23,13 +23,13 @@ GB = 10**9
 
 
 def plan(
-    rows: int, gb: float, *, vocab_size: int = QWEN_VOCAB, hidden=True, head=True, itemsize=2, storage=AUTO
+    rows: int, gb: float, *, vocab_size: int = QWEN_VOCAB, hidden=True, head=True, itemsize=2, storage=AUTO, num_sides=2
 ) -> LinearPlan:
     return plan_linear_op(
         "linear_divergence",
         rows,
         vocab_size,
-        num_sides=2,
+        num_sides=num_sides,
         needs_hidden_gradient=hidden,
         needs_head_gradient=head,
         gradient_itemsize=itemsize,
@@ -72,15 +72,38 @@ def test_auto_takes_float32_until_its_chunks_grow_short(rows, gb, expected):
     assert plan(rows, gb) == expected
 
 
+# Of one side, which is all that the log-prob ops and the top-k divergence project: 151,936 * 4 = 0.608 MB in float32;
+# 151,936 * 2 + 1187 * 4 + 2048 * 4 = 0.317 MB tile-relative. The kept d(logits) are the same 0.304 MB.
+@pytest.mark.parametrize(
+    "rows, gb, expected",
+    [
+        (3200, 8.8, LinearPlan(Schedule.KEEP, FLOAT32, 3200)),  # 0.97 GB kept, 1.94 GB of logits
+        (3200, 2.92, LinearPlan(Schedule.KEEP, FLOAT32, 3200)),  # 2.917 GB is the least that needs no chunks
+        (3200, 2.3, LinearPlan(Schedule.KEEP, FLOAT32, 2176)),  # 2184 rows fit, cut to a multiple of 128
+        (3200, 2.2, LinearPlan(Schedule.KEEP, TILE_RELATIVE, 3200)),  # of float32 only 2019 would fit
+        (3200, 1.31, LinearPlan(Schedule.KEEP, TILE_RELATIVE, 1024)),  # 1065 rows fit: just enough to keep
+        (3200, 1.3, LinearPlan(Schedule.RECOMPUTE, FLOAT32, 2048)),  # 1034 would be too few; 2139 in float32
+        (64000, 8.8, LinearPlan(Schedule.RECOMPUTE, FLOAT32, 4224)),
+        (64000, 22.1, LinearPlan(Schedule.KEEP, FLOAT32, 4224)),
+        (0, 8.8, LinearPlan(Schedule.KEEP, FLOAT32, 1)),
+        (1, 0.00092, LinearPlan(Schedule.KEEP, FLOAT32, 1)),
+    ],
+)
+def test_a_plan_of_one_side_counts_one_side(rows, gb, expected):
+    assert plan(rows, gb, num_sides=1) == expected
+
+
+@pytest.mark.parametrize("num_sides", [1, 2])
 @pytest.mark.parametrize("storage", [FLOAT32, TILE_RELATIVE])
 @pytest.mark.parametrize("rows, gb", [(3200, 8.8), (3200, 1.6), (64000, 3.0), (7, 0.01)])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("head", [False, True])
-def test_a_named_storage_is_taken_and_the_budget_kept(storage, rows, gb, itemsize, head):
-    chosen = plan(rows, gb, storage=storage, itemsize=itemsize, head=head)
+def test_a_named_storage_is_taken_and_the_budget_kept(storage, rows, gb, itemsize, head, num_sides):
+    chosen = plan(rows, gb, storage=storage, itemsize=itemsize, head=head, num_sides=num_sides)
     assert chosen.storage is storage and 1 <= chosen.chunk_rows <= rows
     kept = rows * padded_vocab_size(QWEN_VOCAB) * itemsize if chosen.schedule is Schedule.KEEP else 0
-    assert kept + chosen.chunk_rows * logit_bytes_per_row(QWEN_VOCAB, storage, itemsize) <= gb * GB
+    row_bytes = logit_bytes_per_row(QWEN_VOCAB, storage, itemsize, num_sides=num_sides)
+    assert kept + chosen.chunk_rows * row_bytes <= gb * GB
 
 
 @pytest.mark.parametrize(
@@ -94,6 +117,19 @@ def test_a_named_storage_is_taken_and_the_budget_kept(storage, rows, gb, itemsiz
 )
 def test_bytes_of_a_row_are_those_of_the_padded_width(storage, itemsize, expected):
     assert logit_bytes_per_row(1000, storage, itemsize) == expected
+
+
+@pytest.mark.parametrize(
+    "storage, itemsize, expected",
+    [
+        (FLOAT32, 2, 1024 * 4),
+        (FLOAT32, 4, 1024 * 4),
+        (TILE_RELATIVE, 2, 1024 * 2 + 8 * 4 + 1024 * 4),
+        (TILE_RELATIVE, 4, 1024 * 2 + 8 * 4 + 1024 * 4 + 1024 * 4),  # d(logits) in float32 fit over no float16 logits
+    ],
+)
+def test_bytes_of_a_row_of_one_side(storage, itemsize, expected):
+    assert logit_bytes_per_row(1000, storage, itemsize, num_sides=1) == expected
 
 
 @pytest.mark.parametrize("vocab_size, expected", [(1, 128), (128, 128), (50257, 50304), (151936, 151936)])

@@ -49,6 +49,11 @@ def call(op: str, **changed) -> object:
             r"lengths_B must be in \[0, T - start = 2\], got -1 in row 1",
         ),
         ({"lengths_B": torch.tensor([5, 2])}, ValueError, r"lengths_B must be in \[0, T - start = 4\], got 5 in row 0"),
+        (
+            {"lengths_B": torch.ones(2, dtype=INT, device="meta")},
+            ValueError,
+            r"on one device, got starts_B: cpu, lengths_B: meta",
+        ),
         ({"lengths_B": torch.ones(2)}, TypeError, r"lengths_B must have dtype int32, int64, got float32"),
         ({"horizon": -1}, ValueError, r"horizon must be >= 0, got -1"),
         ({"horizon": 2.0}, TypeError, r"horizon must be an int >= 0, got float"),

@@ -8,6 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from esr_kernels import Impl, OutputHead, linear_prefix_logprobs, prefix_logprobs
+from esr_kernels.prefix_logprobs.reference import prefix_logprobs_reference
 
 B, T, D, V, HORIZON = 4, 8, 5, 7, 4
 STARTS, LENGTHS = torch.tensor([1, 3, 5, 8]), torch.tensor([7, 2, 0, 0])
@@ -164,3 +165,38 @@ def test_low_precision_inputs_keep_float32_inside(dtype):
     for a, b in zip(low, high, strict=True):
         assert a.grad.dtype == dtype
         assert (a.grad.double() - b.grad).norm() <= 2e-3 * b.grad.norm()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_rows_of_nothing_and_tokens_that_are_none_have_gradient_zero(temperature):
+    """Exactly, between ordinary slots, for any upstream gradient; no NaN comes of -inf - -inf."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 5, 6, generator=generator)
+    logits[0, 1] = -torch.inf
+    logits.requires_grad_()
+    ids = torch.tensor([[0, 2, 3, -100, 4]])  # slots 0 to 3; slot 2 holds no token of the vocabulary
+    result = prefix_logprobs_reference(logits, ids, torch.tensor([1]), 4, None, temperature)
+    assert result.logprobs_B_K.isfinite().tolist() == [[True, False, False, True]]
+    upstream = torch.tensor([[1.0, -2.0, 3.0, 0.5]])
+    (gradient,) = torch.autograd.grad(result.logprobs_B_K, logits, upstream)
+    assert (gradient[0, [1, 2, 4]] == 0).all()
+    for row, token, weight in ((0, 2, 1.0), (3, 4, 0.5)):
+        onehot = torch.nn.functional.one_hot(torch.tensor(token), 6)
+        expected = weight * (onehot - torch.softmax(logits[0, row].detach() / temperature, -1)) / temperature
+        torch.testing.assert_close(gradient[0, row], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_poisoned_row_keeps_its_nan_to_itself():
+    """NaN or +inf logits: NaN in the row's own gradient, and the other rows as without them."""
+    clean = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for poison in (None, float("nan"), float("inf")):
+        logits = clean.clone()
+        logits[0, 1, 3] = clean[0, 1, 3] if poison is None else poison
+        logits.requires_grad_()
+        logprobs = prefix_logprobs_reference(
+            logits, torch.tensor([[0, 1, 2, 3]]), torch.tensor([1]), 3, None, 1.0
+        ).logprobs_B_K
+        gradients.append(torch.autograd.grad(logprobs, logits, torch.tensor([[1.0, 2.0, 3.0]]))[0])
+    for gradient in gradients[1:]:
+        assert gradient[0, 1].isnan().any() and torch.equal(gradient[0, [0, 2, 3]], gradients[0][0, [0, 2, 3]])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from esr_kernels import Impl, OutputHead, linear_prefix_logprobs, prefix_logprobs
+from esr_kernels.prefix_logprobs.reference import prefix_logprobs_reference
 
 # name: B, T, V, horizon, starts, lengths
 CASES = {
@@ -159,3 +160,45 @@ def test_integer_dtypes_and_strides_do_not_matter():
     assert not strided.is_contiguous()
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("row", "token", "logprob", "entropy", "is_top1"),
+    [
+        ([0.0, 2.0, 1.0], 1, 2 - math.log(1 + math.e + math.e**2), None, True),
+        ([0.0, 2.0, 1.0], 2, 1 - math.log(1 + math.e + math.e**2), None, False),
+        ([3.0, 1.0, 3.0], 0, None, None, True),  # of two equal ones the lowest id is the likeliest
+        ([3.0, 1.0, 3.0], 2, None, None, False),
+        ([0.0, 0.0, 0.0], 1, -math.log(3), math.log(3), False),
+        ([-INF, -1.0, -INF], 1, 0.0, 0.0, True),
+        ([-INF, -1.0, -INF], 0, -INF, 0.0, False),
+        ([-INF, -INF, -INF], 0, -INF, 0.0, False),  # a row of nothing has no likeliest token
+        ([-INF, -INF, -INF], 2, -INF, 0.0, False),
+        ([NAN, 2.0, 1.0], 1, NAN, NAN, False),
+        ([NAN, 2.0, 1.0], 0, NAN, NAN, False),
+        ([INF, 2.0, 1.0], 0, NAN, NAN, False),
+        (
+            [0.0, 2.0, 1.0],
+            -1,
+            NAN,
+            None,
+            False,
+        ),  # no id of the vocabulary, which is refused on the CPU but not on a device
+        ([0.0, 2.0, 1.0], 3, NAN, None, False),
+        ([-INF, -INF, -INF], 3, NAN, 0.0, False),
+    ],
+)
+def test_one_row_by_hand(row, token, logprob, entropy, is_top1):
+    """The reference itself, without the checks of values before it, between two ordinary slots."""
+    logits = torch.tensor([[[0.5, 0.0, 0.0], row, [0.0, 0.5, 0.0], [0.0] * 3]])
+    ids = torch.tensor([[7, 0, token, 1]])
+    result = prefix_logprobs_reference(logits, ids, torch.tensor([1]), 3, torch.tensor([3]), 1.0)
+    ordinary = 0.5 - math.log(2 + math.exp(0.5))
+    assert result.logprobs_B_K[0, [0, 2]].tolist() == pytest.approx([ordinary, ordinary], abs=1e-6)
+    assert result.mask_B_K.all() and result.is_top1_B_K.tolist() == [[True, is_top1, True]]
+    for actual, expected in ((result.logprobs_B_K, logprob), (result.entropy_B_K, entropy)):
+        if expected is not None:
+            assert actual[0, 1].item() == pytest.approx(expected, abs=1e-6, nan_ok=True)
