@@ -10,6 +10,9 @@ from esr_kernels.elementary_kernel import tanh
 from esr_kernels.online_logsumexp import finite_max
 
 TILE_COLUMNS: tl.constexpr = tl.constexpr(128)
+# In place of a product in a stored row: its id was taken out and counts as -inf, also below a soft cap. No product has this
+# value, nor is it the mask that others write, the lowest float32, which is one step further.
+TAKEN_OUT: tl.constexpr = tl.constexpr(-3.4028232635611926e38)
 
 
 @triton.jit
@@ -24,11 +27,9 @@ def load_head_logits(row_ptr, bias_ptr, column_stride, slope, softcap, columns, 
     """Tempered logits in float32 from the head's matrix product, -inf outside.
 
     softcap * tanh((x + bias) * slope / softcap), without soft cap (x + bias) * slope; `slope` is logit_scale / temperature
-    and `softcap` the head's soft cap / temperature. A product of -inf is an id that was taken out, also below a soft cap.
+    and `softcap` the head's soft cap / temperature. -inf too where the id was taken out.
     """
-    product = tl.load(row_ptr + columns.to(tl.int64) * column_stride, mask=is_inside, other=float("-inf")).to(
-        tl.float32
-    )
+    product = tl.load(row_ptr + columns.to(tl.int64) * column_stride, mask=is_inside, other=0.0).to(tl.float32)
     logits = product
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + columns, mask=is_inside, other=0.0).to(tl.float32)
@@ -36,7 +37,7 @@ def load_head_logits(row_ptr, bias_ptr, column_stride, slope, softcap, columns, 
         logits *= slope
     else:
         logits = softcap * tanh(logits * (slope / softcap))
-    return tl.where(product == float("-inf"), float("-inf"), logits)
+    return tl.where(is_inside & (product != TAKEN_OUT), logits, float("-inf"))
 
 
 @triton.jit

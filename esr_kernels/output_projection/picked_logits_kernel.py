@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from esr_kernels.logit_row_kernel import load_head_logits
+from esr_kernels.logit_row_kernel import TAKEN_OUT, load_head_logits
 from esr_kernels.logit_rows import LogitRows
 
 
 class PickedLogits(NamedTuple):
     """`ids_n_K`: any integers; where one is no id of the vocabulary, its logit is -inf.
 
-    `is_excluded`: the ids' logits become -inf in the row, so that a sweep over it sees only the others.
+    `is_excluded`: the ids are taken out of the row, so that a sweep over it sees only the others.
     """
 
     ids_n_K: Tensor  # int32 or int64, contiguous
@@ -41,7 +41,7 @@ def pick_logits_kernel(
     logits = load_head_logits(row_ptr, bias_ptr, 1, slope, softcap, columns, is_here)
     if IS_EXCLUDED:
         tl.debug_barrier()  # all slots of a repeated id read it before one takes it out
-        tl.store(row_ptr + columns, float("-inf"), mask=is_here)
+        tl.store(row_ptr + columns, TAKEN_OUT, mask=is_here)
     # The first slice of a row also writes what no slice holds.
     tl.store(picked_ptr + row * NUM_IDS + slots, logits, mask=is_here | (is_slot & (first_id == 0)))
 

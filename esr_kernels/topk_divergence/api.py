@@ -63,9 +63,9 @@ def topk_divergence(
     `ForwardKL` (gradient p Q_ids - 1_ids q), `ReverseKL` (1_ids p (log(p / q) + 1) - p sum over ids of p (log(p / q) + 1)) and
     `GeneralizedJSD`.
 
-    The teacher's tail is 1 - sum(exp(logprobs)), but at least 2**-23: log-probs are served in float32 or less, where a
-    smaller tail cannot be told from none. The teacher's events are then renormalised, so that log-probs that sum to
-    slightly more than 1 still give a proper divergence.
+    The teacher's tail is 1 - sum(exp(logprobs)), but at least 2**-23, float32's step at 1: log-probs are served in float32 or
+    less, and the sum of K rounded ones says nothing reliable about a smaller tail. The teacher's events are then renormalised, so
+    that log-probs that sum to slightly more than 1 still give a proper divergence.
 
     FUSED (esr_kernels/topk_divergence/forward_kernel.py) needs no teacher of size (N, V): d(logits) are softmax mass times one
     number per row, and K entries. The ids' logits are float32 in every storage. FLOP and memory are those of
@@ -92,8 +92,10 @@ def topk_divergence(
         most probable given id. `divergence_N` is differentiable with respect to the student's hidden states, weight and bias.
 
     Edge cases: as in `token_divergence` (infinite rows have gradient 0, NaN stays in its row). Divergence, gradient,
-    entropies and agreement are 0 for a row with only empty slots, for one in which the student's logits are all -inf,
-    and, renormalised without tail bucket, for one in which either side has no probability on the given ids.
+    entropies and agreement are 0 for a row with only empty slots, whose hidden state plays no part, for one in which the
+    student's logits are all -inf, and, renormalised without tail bucket, for one in which either side has no probability on the
+    given ids. Renormalised, a row with one id left (the other slots empty) is 0 as well. While K < V the teacher's tail is never
+    0, so forward KL is +inf against a student to which all other ids are impossible.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

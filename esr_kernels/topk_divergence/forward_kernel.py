@@ -55,6 +55,16 @@ def log1mexp(x):
 
 
 @triton.jit
+def logsumexp_apart(logprobs, largest, is_largest):
+    """log(sum(exp)) with the largest apart from the others: where it is close to 0, it keeps its distance to 0."""
+    others = tl.sum(tl.where(is_largest, 0.0, tl.exp(logprobs - finite_max(largest))))
+    is_small = others < 0.5
+    log_sum = tl.where(is_small, log1p_small(tl.where(is_small, others, 0.0)), tl.log(1.0 + others))
+    log_sum = tl.where(largest == float("-inf"), largest, largest + log_sum)
+    return tl.where(others != others, others, log_sum)
+
+
+@triton.jit
 def log_ratio_of_events(student_logprob, teacher_logprob):
     """log p - log q, 0 where both are -inf."""
     is_empty = (student_logprob == float("-inf")) & (teacher_logprob == float("-inf"))
@@ -100,7 +110,7 @@ def topk_divergence_kernel(
     )
     is_larger = (student_logits > best_logit) | ((student_logits == best_logit) & (id_columns < best_id))
     is_larger = is_larger & is_id & (is_best == 0)
-    num_larger = tl.sum(is_larger.to(tl.int32)) + is_beaten.to(tl.int32)
+    num_larger = tl.sum(is_larger.to(tl.int32)) + is_beaten.to(tl.int32) + (rest_sum != rest_sum).to(tl.int32)
 
     student_max = tl.max(student_logits)
     if EVENTS != "renormalized":
@@ -118,8 +128,7 @@ def topk_divergence_kernel(
         student_rest = ((rest_max - finite_max(student_max)) + tl.log(rest_sum)) - student_log_total
         p_rest = tl.exp(student_rest)
 
-    teacher_sum = tl.sum(tl.exp(teacher_logprobs - finite_max(teacher_max)))
-    teacher_log_total = tl.log(teacher_sum) + finite_max(teacher_max)
+    teacher_log_total = logsumexp_apart(teacher_logprobs, teacher_max, is_best)
     is_masked = (student_total == 0) | (tl.max((ids != -1).to(tl.int32)) == 0)
     if EVENTS == "tail":
         teacher_rest = log1mexp(tl.minimum(teacher_log_total, LARGEST_TOTAL))
@@ -158,7 +167,9 @@ def topk_divergence_kernel(
     tl.store(teacher_entropy_ptr + row, teacher_entropy)
     tl.store(agreement_ptr + row, tl.where(is_nan, divergence, agreement))
 
-    has_no_gradient = is_masked | (divergence == float("inf")) | is_nan
+    # A NaN student may leave the value alone, as where the teacher gives nothing to the ids of a truncated sum.
+    is_nan_row = is_nan | ((student_total != student_total) & (is_masked == 0))
+    has_no_gradient = is_masked | (divergence == float("inf")) | is_nan_row
     factor = 1.0
     if gradient_unit_ptr is not None:
         if IS_HALF_GRADIENT:
@@ -166,8 +177,10 @@ def topk_divergence_kernel(
             bound = (3.0 + gradient_bound_slope * tl.abs(tl.where(has_no_gradient, 0.0, divergence))) * slope
             bound = tl.minimum(bound, 3e38)
             factor = tl.exp2(tl.minimum(15.0 - tl.ceil(tl.log2(bound)), 100.0))
-        # NaN in the unit, not in the row, so that a row with upstream gradient 0 does not poison a sum over rows.
-        tl.store(gradient_unit_ptr + row, tl.where(is_nan, divergence, 1.0 / factor))
+        # NaN in the unit, not in the row, so that a row with upstream gradient 0 does not poison a sum over rows. A row without
+        # gradient has a unit of 0: its hidden state may hold anything.
+        unit = tl.where(has_no_gradient, 0.0, 1.0 / factor)
+        tl.store(gradient_unit_ptr + row, tl.where(is_nan_row, float("nan"), unit))
     if gradient_ptr is not None:
         gradient_row_ptr = gradient_ptr + row * gradient_row_stride
         if has_no_gradient:
@@ -218,7 +231,7 @@ def launch_topk_divergence(
     """Fill `outputs` and what is wanted of the gradient.
 
     Args:
-        logits: N rows, in which the logits of `picked.ids_n_K` are -inf.
+        logits: N rows, out of which the ids of `picked` were taken.
         teacher_logprobs_N_K: contiguous, any float dtype.
         divergence: `Divergence.kernel()`.
         gradient: as `launch_divergence_rows`.

@@ -34,6 +34,9 @@ def topk_divergence_reference(
     """See `esr_kernels.topk_divergence`."""
     logits_N_V = student_head.logits(student_hidden_N_D) / loss_temperature
     logits_N_V = logits_N_V.to(torch.promote_types(logits_N_V.dtype, teacher_logprobs_N_K.dtype))
+    # The sum of the tail is rounded once more than those of the ids: an offset common to all logits must not come into it.
+    largest_N_1 = logits_N_V.detach().amax(dim=-1, keepdim=True)
+    logits_N_V = logits_N_V - largest_N_1.masked_fill(largest_N_1.isinf(), 0.0)
     vocab_size = logits_N_V.shape[-1]
 
     is_id_N_K = (teacher_ids_N_K >= 0) & (teacher_ids_N_K < vocab_size) & ~is_repeated(teacher_ids_N_K)
@@ -69,6 +72,7 @@ def topk_divergence_reference(
 
     masked_N = masked_N & ~is_foreign_N
     divergence_N = divergence_of_events(divergence, student_events, teacher_events, masked_N)
+    divergence_N = divergence_N.masked_fill(is_foreign_N, math.nan)
     with torch.no_grad():
         teacher_top1_N = column_N_K.masked_fill(~is_best_N_K, vocab_size).amin(dim=-1)
         return DivergenceOutput(

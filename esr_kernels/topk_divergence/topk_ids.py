@@ -37,8 +37,10 @@ def select_topk_ids(
         teacher_logprobs = gather_logprobs(teacher_hidden, teacher_head, ids)
         topk_divergence(student_hidden, student_head, ids, teacher_logprobs, GeneralizedJSD(0.5))
 
-    Plain PyTorch on any device, without gradient: products as in `linear_divergence`, `torch.topk` on one chunk of rows after
-    another. Memory: 4 V for each row of a chunk. Logit scale and soft cap do not change the order and are left out.
+    Plain PyTorch on any device, without gradient: `torch.topk` on one chunk of rows after another, products of 16-bit hidden
+    states and weights of one dtype summed in float32. Memory: 4 V for each row of a chunk (8 V in float64); where the dtypes
+    differ also 4 V D of the converted weight. Logit scale and soft cap do not change the order and are left out: ids that a soft
+    cap makes equal keep their order.
 
     Args:
         hidden_N_D: (N, D), any float dtype.
@@ -69,8 +71,8 @@ def select_topk_ids(
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(hidden_N_D.device)
 
-    num_rows, vocab_size = sizes["N"], sizes["V"]
-    chunk_rows = max(1, min(num_rows, MAX_CHUNK_ROWS, workspace_bytes // (4 * vocab_size)))
+    num_rows, row_bytes = sizes["N"], sizes["V"] * max(4, hidden_N_D.dtype.itemsize)
+    chunk_rows = max(1, min(num_rows, MAX_CHUNK_ROWS, workspace_bytes // row_bytes))
     ids_N_M = torch.empty((num_rows, num_ids), dtype=torch.int64, device=hidden_N_D.device)
     with torch.no_grad(), torch.autocast(hidden_N_D.device.type, enabled=False):
         for start in range(0, num_rows, chunk_rows):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from esr_kernels import ForwardKL, GeneralizedJSD, Impl, LogitStorage, OutputHead, ReverseKL
+from esr_kernels import ForwardKL, GeneralizedJSD, Impl, LogitStorage, OutputHead, ReverseKL, linear_divergence
 from esr_kernels.output_projection import gradients, plan, projection
 from esr_kernels.output_projection.plan import logit_bytes_per_row, padded_vocab_size
 from esr_kernels.testing.cases import DIVERGENCES, Shape
@@ -308,3 +308,18 @@ def test_gradients_near_the_bound_by_which_a_float16_row_is_scaled(case, dtype):
     assert (results["divergence"] > (1e5 if "above" in case else 0.1)).all()
     oracle = linear_divergence_oracle(inputs, divergence, upstream_of(inputs) / size, **options).values
     assert_16_bit_gradients_are_near(results, oracle)
+
+
+@pytest.mark.parametrize("storage", [LogitStorage.FLOAT32, LogitStorage.TILE_RELATIVE_FP16])
+def test_a_product_of_minus_infinity_below_a_soft_cap_is_minus_the_soft_cap(storage):
+    """1e30 * -1e30 overflows; tanh brings it back. It is not an id that was taken out of its row."""
+    hidden = torch.tensor([[1.0, 2.0, -1e30]], device=DEVICE)
+    weight = torch.diag(torch.tensor([1.0, 1.0, 1e30], device=DEVICE))
+    teacher = torch.tensor([[0.5, 0.1, 0.2]], device=DEVICE), torch.eye(3, device=DEVICE)
+    outputs = [
+        linear_divergence(hidden, OutputHead(weight, softcap=2.0), *teacher, ForwardKL(), logits=storage, impl=impl)
+        for impl in (Impl.FUSED, Impl.REFERENCE)
+    ]
+    for name, actual, expected in zip(outputs[0]._fields, *outputs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
+    assert 0.1 < outputs[0].divergence_N.item() < 2

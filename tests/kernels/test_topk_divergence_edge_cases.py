@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy_divergences import CASES, softmax
 
-from esr_kernels.divergence import AlphaDivergence, ForwardKL, ReverseKL
+from esr_kernels.divergence import AlphaDivergence, ForwardKL, GeneralizedJSD, ReverseKL
 from esr_kernels.impl import Impl
 from esr_kernels.output_head import OutputHead
 from esr_kernels.testing.inputs import make_hidden_pair, make_logit_pair
@@ -19,6 +19,12 @@ from esr_kernels.topk_divergence import topk_divergence
 INF, NAN = math.inf, math.nan
 every_divergence = pytest.mark.parametrize("name", CASES)
 both_modes = pytest.mark.parametrize("tail_bucket", [True, False])
+every_events = pytest.mark.parametrize(
+    "events",
+    [{}, {"tail_bucket": False}, {"tail_bucket": False, "renormalize": False}],
+    ids=["tail", "renormalized", "truncated"],
+)
+three_divergences = pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), GeneralizedJSD(0.5)], ids=repr)
 
 
 def run(logits, ids, logprobs, divergence, **options):
@@ -195,3 +201,50 @@ def test_n8_a_nan_log_probability_poisons_only_its_row(name, tail_bucket):
     assert output.divergence_N.isnan().tolist() == [False, True, False]
     assert torch.equal(output.divergence_N[::2], expected.divergence_N[::2])
     assert torch.equal(grad[::2], expected_grad[::2])
+
+
+@every_events
+@three_divergences
+def test_a_repeated_id_counts_once_by_its_first_slot(divergence, events):
+    """Whatever the later slots' log-probs: as if they were empty, in value, statistics and gradient."""
+    student, teacher = make_logit_pair(3, 10, gap=1.0, seed=9, dtype=torch.float64)
+    ids = torch.tensor([[2, 9, 4, 2, 2], [0, 5, 5, 1, 0], [7, 1, 3, 6, 3]])
+    later = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    logprobs = torch.log_softmax(teacher, -1).gather(-1, ids)
+    expected, expected_grad = run(student, ids.masked_fill(later, -1), logprobs, divergence, **events)
+    for ignored in (-0.01, -INF, NAN):
+        output, grad = run(student, ids, logprobs.masked_fill(later, ignored), divergence, **events)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(grad, expected_grad)
+    assert (expected_grad != 0).any(-1).all()
+
+
+def test_repeats_by_hand():
+    """p = (.4, .3, .2, .1); ids 1, 1, 0 with q = .5, .2, .1: the events are 1, 0 and a tail of .3 against .4."""
+    student = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()
+    logprobs = torch.tensor([[0.5, 0.2, 0.1]], dtype=torch.float64).log()
+    output, grad = run(student, torch.tensor([[1, 1, 0]]), logprobs, ForwardKL())
+    expected = 0.5 * math.log(0.5 / 0.3) + 0.1 * math.log(0.1 / 0.4) + 0.4 * math.log(0.4 / 0.3)
+    assert output.divergence_N.item() == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(grad[0], [0.4 - 0.1, 0.3 - 0.5, 0.2 - 0.4 * 2 / 3, 0.1 - 0.4 / 3], rtol=1e-10)
+
+
+@every_events
+@three_divergences
+def test_a_row_of_nothing_but_foreign_ids_is_nan(divergence, events):
+    student, _ = make_logit_pair(2, 9, seed=10)
+    ids = torch.tensor([[9, -2, -1], [0, 1, 2]])
+    output, _ = run(student, ids, torch.full((2, 3), -2.0), divergence, **events)
+    assert output.divergence_N.isnan().tolist() == output.top1_agreement_N.isnan().tolist() == [True, False]
+
+
+@every_events
+@pytest.mark.parametrize("offset", [2.0**20, 1e4, -1e4])
+def test_n4_a_common_offset_changes_nothing(offset, events):
+    """Even integers stay exact in float32 after adding it; so should their sums, relative to the largest of them."""
+    student = 2.0 * torch.randint(-4, 5, (3, 150), generator=torch.Generator().manual_seed(11))
+    ids, logprobs = torch.tensor([[3, 149, 80]] * 3), torch.tensor([[0.3, 0.2, 0.1]] * 3).log()
+    expected, expected_grad = run(student, ids, logprobs, ReverseKL(), **events)
+    output, grad = run(student + offset, ids, logprobs, ReverseKL(), **events)
+    for actual, plain in zip((*output, grad), (*expected, expected_grad), strict=True):
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=2e-6, equal_nan=True)
