@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from graph_replay import assert_all_equal, assert_graph_replays
 from torch import Tensor
 
 from esr_kernels import Impl, LogitStorage, gather_logprobs, linear_prefix_logprobs, prefix_logprobs
@@ -167,11 +168,6 @@ def make_step(name: str, seed: int) -> Step:
     return Step(op, seed, *options)
 
 
-def assert_all_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.fixture
 def synchronisation_is_an_error() -> Iterator[None]:
     """Only around what the test runs inside it: set by the test, taken back here whatever happens."""
@@ -194,22 +190,7 @@ def test_x1_no_host_synchronisation(synchronisation_is_an_error, name):
 def test_x1_forward_and_backward_in_a_cuda_graph_replayed_with_changed_inputs(name):
     """Other logits or hidden states, ids, starts, lengths and upstream gradients: also other slots are valid."""
     step, other = (make_step(name, seed=seed) for seed in (7, 8))
-    expected_of_other = other()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            expected = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert_all_equal(captured, expected)
-    step.copy_from(other)
-    for _ in range(2):
-        graph.replay()
-        assert_all_equal(captured, expected_of_other)
+    assert_graph_replays(step, other)
 
 
 @every_step

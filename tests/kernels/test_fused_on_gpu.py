@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from graph_replay import assert_all_equal, assert_graph_replays
 
 from esr_kernels import (
     Impl,
@@ -175,11 +176,6 @@ STEPS = [("token", "keep"), ("linear", "keep"), ("linear", "recompute")]
 every_step = pytest.mark.parametrize(("op", "workspace"), STEPS)
 
 
-def assert_all_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.fixture
 def synchronisation_is_an_error() -> Iterator[None]:
     """Only around what the test runs inside it: set by the test, taken back here whatever happens."""
@@ -208,22 +204,7 @@ def test_x1_synchronisation_would_be_seen(synchronisation_is_an_error):
 @every_step
 def test_x1_forward_and_backward_in_a_cuda_graph_replayed_with_changed_inputs(op, workspace):
     step, other = (Step(op, seed=seed, workspace=WORKSPACES[workspace]) for seed in (9, 10))
-    expected_of_other = other()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            expected = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert_all_equal(captured, expected)
-    step.copy_from(other)
-    for _ in range(2):
-        graph.replay()
-        assert_all_equal(captured, expected_of_other)
+    assert_graph_replays(step, other)
 
 
 @every_step

@@ -7,9 +7,9 @@ Not run on a GPU yet. Inputs are made on the device.
 
 import pytest
 import torch
+from graph_replay import assert_all_equal, assert_graph_replays
 from test_fused_on_gpu import (
     ROUNDING,
-    assert_all_equal,
     compiled_kernels,
     peak_bytes_beyond_inputs,
     synchronisation_is_an_error,  # noqa: F401 (a fixture)
@@ -188,22 +188,7 @@ def test_x1_no_host_synchronisation(synchronisation_is_an_error, events, workspa
 def test_x1_forward_and_backward_in_a_cuda_graph_replayed_with_changed_inputs(events, workspace):
     """Other hidden states, weight, ids and log-probs in the same memory."""
     step, other = (Step(events, seed=seed, workspace=WORKSPACES[workspace]) for seed in (8, 9))
-    expected_of_other = other()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            expected = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert_all_equal(captured, expected)
-    step.copy_from(other)
-    for _ in range(2):
-        graph.replay()
-        assert_all_equal(captured, expected_of_other)
+    assert_graph_replays(step, other)
 
 
 def recipe(inputs, num_ids: int) -> list[torch.Tensor]:
