@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from esr_kernels.checks import FLOAT_DTYPES, check_same_device, check_tensor
-from esr_kernels.impl import Impl, require_reference
+from esr_kernels.impl import Impl, check_impl
+from esr_kernels.sample_tokens.native import sample_tokens_native
 from esr_kernels.sample_tokens.reference import sample_tokens_reference
 from esr_kernels.sample_tokens.state import SamplerState
 
@@ -20,10 +21,11 @@ def sample_tokens(logits_B_V: Tensor, state: SamplerState, *, impl: Impl | str =
     probabilities whose mass reaches top_p, never empty), min-p relative to the largest probability. Equal logits at the
     boundary of top-k or top-p are decided for the lower id. Temperature 0 is argmax, lowest id.
 
-    Randomness. One uniform number u per row (`random_stream.uniform`, Philox4x32-10 of seed, request id and position
-    `lengths_B`), and the inverse CDF in id order: with w_v = exp((z_v - max z) / temperature) over the kept ids, the
-    token is the first kept id whose cumulative w exceeds u * sum(w). A row's tokens depend on its own logits, seed,
-    request id and parameters alone.
+    Randomness. One uniform number u of 53 bits per row (`random_stream.uniform_bits`, Philox4x32-10 of seed, request id and
+    position `lengths_B`), and the inverse CDF in id order: with w_v = exp((z_v - max z) / temperature) over the kept ids,
+    the token is the first kept id whose cumulative w exceeds u * sum(w). A row's tokens depend on its own logits, seed,
+    request id and parameters alone. The w are integers with 44 bits after the point (`fixed_point`), so both
+    implementations give the same tokens and log-probs bit for bit, and an id 30.5 nats below the likeliest is not drawn.
 
     Effect on a running row. The token and its two log-probs go to column `lengths_B`, `lengths_B` grows by 1,
     `next_ids_B` is the token. A row is finished by its first EOS (kept) or by its horizon-th token: its `next_ids_B` is
@@ -33,13 +35,15 @@ def sample_tokens(logits_B_V: Tensor, state: SamplerState, *, impl: Impl | str =
     largest entry that is not NaN (lowest id; 0 if all are NaN) and log-probs NaN; other rows are not affected.
 
     Args:
-        logits_B_V: any float dtype, on the device of `state`; not changed, no gradient.
+        logits_B_V: any float dtype, on the device of `state`; not changed, no gradient. float64 is rounded to float32
+            (reference) or refused (FUSED).
         state: see `SamplerState`.
-        impl: see `Impl`. The reference computes in float64 and reads a few flags on the host.
+        impl: FUSED is the native sampler (csrc/), which makes the host wait for nothing; the reference sorts and reads a few
+            flags on the host.
 
     Raises:
         TypeError, ValueError: wrong type, shape or device; an EOS or pad id is not below V.
-        NotImplementedError: `impl` is FUSED, not built yet.
+        NotImplementedError: `impl` is FUSED and the native sampler is not built for this device.
     """
     if not isinstance(state, SamplerState):
         raise TypeError(f"{_OP}: state must be a SamplerState, got {type(state).__name__}")
@@ -49,5 +53,5 @@ def sample_tokens(logits_B_V: Tensor, state: SamplerState, *, impl: Impl | str =
     for name, ids in (("state.eos_ids", state.eos_ids), ("state.pad_id", (state.pad_id,))):
         if max(ids, default=-1) >= sizes["V"]:
             raise ValueError(f"{_OP}: {name} must be in [0, V) = [0, {sizes['V']}), got {max(ids)}")
-    require_reference(_OP, impl)
-    sample_tokens_reference(logits_B_V, state)
+    run = sample_tokens_native if check_impl(_OP, impl) is Impl.FUSED else sample_tokens_reference
+    run(logits_B_V, state)

@@ -38,14 +38,13 @@ def philox4x32(counter: Words4, key: tuple[Tensor, Tensor]) -> Words4:
     return c0, c1, c2, c3
 
 
-def uniform_from_words(high: Tensor, low: Tensor) -> Tensor:
-    """float64 in [0, 1) from two 32-bit words: `((high << 32 | low) >> 11) * 2^-53`, all 53 bits random."""
-    bits = ((high << 32 | low) >> 11) & ((1 << 53) - 1)  # the mask turns the arithmetic shift into a logical one
-    return bits.to(torch.float64) * 2.0**-53
+def bits_from_words(high: Tensor, low: Tensor) -> Tensor:
+    """`(high << 32 | low) >> 11`: 53 random bits as int64 from two 32-bit words."""
+    return ((high << 32 | low) >> 11) & ((1 << 53) - 1)  # the mask turns the arithmetic shift into a logical one
 
 
-def uniform(seed_B: Tensor, request_ids_B: Tensor, positions_B: Tensor, stream: int = SAMPLING_STREAM) -> Tensor:
-    """One float64 in [0, 1) per row (B,).
+def uniform_bits(seed_B: Tensor, request_ids_B: Tensor, positions_B: Tensor, stream: int = SAMPLING_STREAM) -> Tensor:
+    """One uniform number u in [0, 1) per row, as the int64 u * 2^53 (B,).
 
     The key is (seed low word, seed high word) and the counter (request id low word, request id high word, position,
     stream); the number is made of the first two output words, the first being the high one.
@@ -57,7 +56,7 @@ def uniform(seed_B: Tensor, request_ids_B: Tensor, positions_B: Tensor, stream: 
     """
     counter = (request_ids_B & _WORD, _high_word(request_ids_B), positions_B, torch.full_like(positions_B, stream))
     first, second, _, _ = philox4x32(counter, (seed_B & _WORD, _high_word(seed_B)))
-    return uniform_from_words(first, second)
+    return bits_from_words(first, second)
 
 
 def _high_word(value: Tensor) -> Tensor:

@@ -1,9 +1,18 @@
-"""The sampler in plain PyTorch, float64 inside: the specification of `sample_tokens`."""
+"""The sampler in plain PyTorch, with a sort for the filters: the specification of `sample_tokens`, bit for bit."""
 
 import torch
 from torch import Tensor
 
-from esr_kernels.sample_tokens.random_stream import uniform
+from esr_kernels.sample_tokens.fixed_point import (
+    fraction_bits_for,
+    fraction_of,
+    least_weight_of,
+    logprobs_of,
+    part_of,
+    scale_of_temperature,
+    weights_of,
+)
+from esr_kernels.sample_tokens.random_stream import uniform_bits
 from esr_kernels.sample_tokens.state import SamplerState
 
 
@@ -12,25 +21,32 @@ def sample_tokens_reference(logits_B_V: Tensor, state: SamplerState) -> None:
     """See `sample_tokens`. Rows that are finished are left out of every computation; R below are the running rows."""
     rows_R = (~state.finished_B).nonzero().squeeze(1)
     slots_R = state.lengths_B[rows_R]
-    logits_R_V = logits_B_V[rows_R].to(torch.float64)
+    logits_R_V = logits_B_V[rows_R].float()
     invalid_R = is_invalid(logits_R_V)
     usable_R_V = logits_R_V.masked_fill(invalid_R[:, None], 0.0)
+    top_logit_R = usable_R_V.amax(-1)
+    fraction_bits = fraction_bits_for(logits_B_V.shape[1])
 
-    weights_R_V = sampling_weights(
-        usable_R_V,
-        state.sampling_temperature_B[rows_R],
-        state.top_k_B[rows_R],
-        state.top_p_B[rows_R],
-        state.min_p_B[rows_R],
-    )
-    uniform_R = uniform(state.seed_B[rows_R], state.request_ids_B[rows_R], slots_R)
-    token_R, sampling_logprob_R = draw(weights_R_V, uniform_R)
+    is_greedy_R = state.sampling_temperature_B[rows_R] == 0
+    temperature_R = state.sampling_temperature_B[rows_R].masked_fill(is_greedy_R, 1.0)
+    weights_R_V = weights_of(usable_R_V, top_logit_R, scale_of_temperature(temperature_R), fraction_bits)
+    is_kept_R_V = kept_ids(usable_R_V, weights_R_V, state.top_k_B[rows_R], state.top_p_B[rows_R])
+    is_kept_R_V &= weights_R_V >= least_weight_of(state.min_p_B[rows_R], fraction_bits)[:, None]
+    is_best_R_V = torch.zeros_like(is_kept_R_V).scatter(1, first_argmax(usable_R_V)[:, None], True)
+    weights_R_V = weights_R_V * torch.where(is_greedy_R[:, None], is_best_R_V, is_kept_R_V)
+
+    random_R = uniform_bits(state.seed_B[rows_R], state.request_ids_B[rows_R], slots_R)
+    token_R, mass_R = draw(weights_R_V, random_R)
+    drawn_logit_R = usable_R_V.gather(1, token_R[:, None]).squeeze(1)
+    ones_R = torch.ones_like(temperature_R)
+    raw_mass_R = weights_of(usable_R_V, top_logit_R, scale_of_temperature(ones_R), fraction_bits).sum(-1)
+    logprob_R = logprobs_of(drawn_logit_R, top_logit_R, ones_R, raw_mass_R, fraction_bits)
+    sampling_logprob_R = logprobs_of(drawn_logit_R, top_logit_R, temperature_R, mass_R, fraction_bits)
     token_R = torch.where(invalid_R, fallback_token(logits_R_V), token_R)
-    logprob_R = usable_R_V.log_softmax(-1).gather(1, token_R[:, None]).squeeze(1)
 
     state.token_ids_B_K[rows_R, slots_R] = token_R
-    state.logprobs_B_K[rows_R, slots_R] = logprob_R.masked_fill(invalid_R, torch.nan).float()
-    state.sampling_logprobs_B_K[rows_R, slots_R] = sampling_logprob_R.masked_fill(invalid_R, torch.nan).float()
+    state.logprobs_B_K[rows_R, slots_R] = logprob_R.masked_fill(invalid_R, torch.nan)
+    state.sampling_logprobs_B_K[rows_R, slots_R] = sampling_logprob_R.masked_fill(invalid_R, torch.nan)
     state.invalid_B[rows_R] |= invalid_R
     state.lengths_B[rows_R] = slots_R + 1
 
@@ -55,58 +71,33 @@ def fallback_token(logits_R_V: Tensor) -> Tensor:
     return first_true(is_number_R_V & (logits_R_V == largest_R))
 
 
-def sampling_weights(
-    logits_R_V: Tensor, sampling_temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
-) -> Tensor:
-    """w_v = exp((z_v - max z) / temperature) for the ids that the filters keep, 0 for the others; float64 (R, V).
+def kept_ids(logits_R_V: Tensor, weights_R_V: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """Which ids top-k and then top-p on the renormalised top-k keep; bool (R, V).
 
-    Filters in the order of Hugging Face's warpers: temperature, top-k, top-p on the renormalised top-k, min-p. Ids
-    are ranked by (logit descending, id ascending), so equal logits at a boundary are decided for the lower id, and
-    top-k keeps exactly k ids. Temperature 0 keeps rank 0 alone.
+    Ids are ranked by (logit descending, id ascending), so equal logits at a boundary are decided for the lower id and top-k
+    keeps exactly k ids. Top-p keeps a rank while the mass before it is below top_p of the mass of the top-k: the smallest
+    set that reaches it, rank 0 at least.
     """
-    is_greedy_R = sampling_temperature_R == 0
-    temperature_R = sampling_temperature_R.masked_fill(is_greedy_R, 1.0)[:, None]
-    weights_R_V = ((logits_R_V - logits_R_V.amax(-1, keepdim=True)) / temperature_R).exp()
-    best_R_V = torch.zeros_like(weights_R_V).scatter(1, first_argmax(logits_R_V)[:, None], 1.0)
-    weights_R_V = torch.where(is_greedy_R[:, None], best_R_V, weights_R_V)
-
-    if bool(((top_k_R > 0) | (top_p_R < 1)).any()):  # sort only when some row asks for it
-        order_R_V = logits_R_V.sort(dim=-1, descending=True, stable=True).indices
-        ranked_R_V = weights_R_V.gather(1, order_R_V)
-        ranked_R_V = ranked_R_V * kept_ranks(ranked_R_V, top_k_R, top_p_R)
-        weights_R_V = torch.zeros_like(weights_R_V).scatter(1, order_R_V, ranked_R_V)
-    # the largest weight is 1, so a probability relative to the largest one is the weight itself
-    return weights_R_V * (weights_R_V >= min_p_R[:, None])
-
-
-def kept_ranks(weights_R_V: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
-    """Which ranks top-k and then top-p keep, given the weights in rank order; bool (R, V), rank 0 always kept.
-
-    Top-p keeps a rank while the mass before it is below top_p: the smallest set whose mass reaches top_p.
-    """
+    if not bool(((top_k_R > 0) | (top_p_R < 1)).any()):  # sort only when some row asks for it
+        return torch.ones_like(weights_R_V, dtype=torch.bool)
+    order_R_V = logits_R_V.sort(dim=-1, descending=True, stable=True).indices
+    ranked_R_V = weights_R_V.gather(1, order_R_V)
     rank_V = torch.arange(weights_R_V.shape[1], device=weights_R_V.device)
     in_top_k_R_V = (top_k_R[:, None] == 0) | (rank_V < top_k_R[:, None])
-    cumulative_R_V = (weights_R_V * in_top_k_R_V).cumsum(-1)
-    mass_before_R_V = torch.nn.functional.pad(cumulative_R_V, (1, -1))
-    is_reached_R_V = mass_before_R_V >= top_p_R[:, None] * cumulative_R_V[:, -1:]
-    in_top_p_R_V = (top_p_R[:, None] >= 1) | ~is_reached_R_V | (rank_V == 0)
-    return in_top_k_R_V & in_top_p_R_V
+    mass_R_V = (ranked_R_V * in_top_k_R_V).cumsum(-1)
+    need_R = part_of(mass_R_V[:, -1], fraction_of(top_p_R)).clamp(min=1)
+    in_top_p_R_V = (top_p_R[:, None] >= 1) | (mass_R_V - ranked_R_V < need_R[:, None])
+    return torch.zeros_like(in_top_k_R_V).scatter(1, order_R_V, in_top_k_R_V & in_top_p_R_V)
 
 
-def draw(weights_R_V: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF in id order: the first id whose cumulative weight exceeds uniform * total; also its log-prob.
+def draw(weights_R_V: Tensor, random_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse CDF in id order: the first id whose cumulative weight exceeds u * total, and the total.
 
-    An id of weight 0 is never drawn, whatever the rounding of the sums: without an id above the target it is the last
-    one of positive weight.
+    All integers: an id of weight 0 is never drawn and no rounding can pass the last id. `random_R` is u as 53 bits.
     """
     cumulative_R_V = weights_R_V.cumsum(-1)
-    total_R_1 = cumulative_R_V[:, -1:]
-    possible_R_V = weights_R_V > 0
-    above_R_V = possible_R_V & (cumulative_R_V > uniform_R[:, None] * total_R_1)
-    last_possible_R = weights_R_V.shape[1] - 1 - first_true(possible_R_V.flip(-1))
-    token_R = torch.where(above_R_V.any(-1), first_true(above_R_V), last_possible_R)
-    logprob_R_1 = weights_R_V.gather(1, token_R[:, None]).log() - total_R_1.log()
-    return token_R, logprob_R_1.squeeze(1)
+    total_R = cumulative_R_V[:, -1]
+    return first_true(cumulative_R_V > part_of(total_R, random_R)[:, None]), total_R
 
 
 def first_argmax(values_R_V: Tensor) -> Tensor:

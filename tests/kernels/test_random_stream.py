@@ -6,7 +6,7 @@ python -m pytest tests/kernels/test_random_stream.py
 import pytest
 import torch
 
-from esr_kernels.sample_tokens.random_stream import philox4x32, uniform, uniform_from_words
+from esr_kernels.sample_tokens.random_stream import bits_from_words, philox4x32, uniform_bits
 
 # Published known-answer vectors of Random123 (kat_vectors, philox4x32 with 10 rounds): counter, key, output.
 KNOWN_ANSWERS = {
@@ -40,16 +40,16 @@ def test_philox_rows_are_independent_of_each_other():
 @pytest.mark.parametrize(
     ("high", "low", "expected"),
     [
-        (0, 0, 0.0),
-        (0, 0x7FF, 0.0),  # the 11 low bits are dropped
-        (0, 0x800, 2.0**-53),
-        (0x80000000, 0, 0.5),
-        (0x40000000, 0, 0.25),
-        (0xFFFFFFFF, 0xFFFFFFFF, 1 - 2.0**-53),
+        (0, 0, 0),
+        (0, 0x7FF, 0),  # the 11 low bits are dropped
+        (0, 0x800, 1),
+        (0x80000000, 0, 2**52),
+        (0x40000000, 0, 2**51),
+        (0xFFFFFFFF, 0xFFFFFFFF, 2**53 - 1),
     ],
 )
-def test_uniform_from_words_by_hand(high, low, expected):
-    assert uniform_from_words(torch.tensor(high), torch.tensor(low)).item() == expected
+def test_bits_from_words_by_hand(high, low, expected):
+    assert bits_from_words(torch.tensor(high), torch.tensor(low)).item() == expected
 
 
 @pytest.mark.parametrize("name", KNOWN_ANSWERS)
@@ -61,9 +61,15 @@ def test_uniform_addressing(name):
         return torch.tensor([value - 2**64 if value >= 2**63 else value])
 
     counter, key, output = (text.split() for text in KNOWN_ANSWERS[name])
-    got = uniform(signed(*key), signed(*counter[:2]), torch.tensor([int(counter[2], 16)]), stream=int(counter[3], 16))
-    assert got.dtype == torch.float64
-    assert got.item() == (int(output[0] + output[1], 16) >> 11) / 2**53
+    got = uniform_bits(
+        signed(*key), signed(*counter[:2]), torch.tensor([int(counter[2], 16)]), stream=int(counter[3], 16)
+    )
+    assert got.dtype == torch.int64
+    assert got.item() == int(output[0] + output[1], 16) >> 11
+
+
+def uniform(*address: torch.Tensor, stream: int = 0) -> torch.Tensor:
+    return uniform_bits(*address, stream=stream).double() / 2**53
 
 
 def draw_along(axis: str, num: int) -> torch.Tensor:

@@ -89,10 +89,8 @@ def test_state_must_be_a_sampler_state():
 
 def test_implementation_is_never_chosen_silently():
     state = SamplerState.create(1, 3, eos_ids=())
-    with pytest.raises(
-        NotImplementedError, match=r"sample_tokens: the fused kernel is not built .* impl=Impl.REFERENCE"
-    ):
-        sample_tokens(torch.zeros(1, 4), state)
+    with pytest.raises(TypeError, match=r"logits_B_V must have dtype .* with impl=Impl.FUSED, got float64.*REFERENCE"):
+        sample_tokens(torch.zeros(1, 4, dtype=torch.float64), state)
     with pytest.raises(ValueError, match=r"sample_tokens: impl must be one of .*, got 'fast'"):
         sample_tokens(torch.zeros(1, 4), state, impl="fast")
     assert state.lengths_B.tolist() == [0]

@@ -120,27 +120,26 @@ def test_tail_mass():
 
 
 @pytest.mark.parametrize(
-    ("uniform", "expected"),
+    ("random", "expected"),
     [
-        (0.0, 1),  # id 0 has weight 0
-        (0.5 - 2.0**-53, 1),
-        (0.5, 3),  # strictly greater: u * total = cumulative goes to the next id
-        (1 - 2.0**-40, 3),
-        (1 - 2.0**-52, 4),  # a tail of mass 2^-50 is reached: a float32 uniform never would
-        (1 - 2.0**-53, 4),
+        (0, 1),  # id 0 has weight 0
+        (2**52 - 1, 1),
+        (2**52, 3),  # strictly greater: u * total = cumulative goes to the next id
+        (2**53 - 2**13, 3),
+        (2**53 - 8, 4),  # a tail of mass 2^-50 is reached: a float32 uniform never would
+        (2**53 - 1, 4),
     ],
 )
-def test_inverse_cdf_by_hand(uniform, expected):
-    weights = torch.tensor([[0.0, 0.5, 0.0, 0.5 - 2.0**-50, 2.0**-50, 0.0]], dtype=torch.float64)
-    token, logprob = draw(weights, torch.tensor([uniform], dtype=torch.float64))
+def test_inverse_cdf_by_hand(random, expected):
+    weights = torch.tensor([[0, 2**49, 0, 2**49 - 1, 1, 0]])
+    token, mass = draw(weights, torch.tensor([random]))
     assert token.item() == expected
-    assert logprob.item() == pytest.approx(np.log(weights[0, expected].item()), rel=1e-12)
+    assert mass.item() == 2**50
 
 
-def test_inverse_cdf_guards_the_last_id():
-    """A target that rounding puts at the total takes the last id of positive weight, never one of weight 0."""
-    weights = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64)
-    assert draw(weights, torch.tensor([1.0], dtype=torch.float64))[0].item() == 1
+def test_inverse_cdf_never_passes_the_last_id():
+    weights = torch.tensor([[1, 2**61, 0]])
+    assert draw(weights, torch.tensor([2**53 - 1]))[0].item() == 1
 
 
 def test_positions_requests_and_seeds_differ():

@@ -15,7 +15,13 @@ from transformers.generation.logits_process import (
 )
 
 from esr_kernels import Impl, SamplerState, sample_tokens
-from esr_kernels.sample_tokens.reference import sampling_weights
+from esr_kernels.sample_tokens.fixed_point import (
+    fraction_bits_for,
+    least_weight_of,
+    scale_of_temperature,
+    weights_of,
+)
+from esr_kernels.sample_tokens.reference import kept_ids
 
 
 def drawn_ids(logits: list[float], **parameters) -> set[int]:
@@ -113,7 +119,7 @@ def test_equals_hugging_face_warpers():
     """R8: 1000 random rows with random parameters: same kept set, same probabilities, and the draw's log-prob."""
     num_rows, vocab_size = 1000, 40
     generator = torch.Generator().manual_seed(5)
-    logits = 3 * torch.randn(num_rows, vocab_size, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(num_rows, vocab_size, generator=generator)
     temperature = 0.2 + 2 * torch.rand(num_rows, generator=generator, dtype=torch.float64)
     top_k = torch.randint(0, vocab_size, (num_rows,), generator=generator)
     top_p = torch.rand(num_rows, generator=generator, dtype=torch.float64)
@@ -121,20 +127,25 @@ def test_equals_hugging_face_warpers():
     for switched_off, parameter, off in ((0, top_k, 0), (1, top_p, 1.0), (2, min_p, 0.0)):
         parameter[torch.arange(num_rows) % 4 == switched_off] = off
 
-    expected = torch.empty_like(logits)
+    expected = torch.empty_like(logits, dtype=torch.float64)
     for row in range(num_rows):
         warpers = [TemperatureLogitsWarper(temperature[row].item())]
         if top_k[row] > 0:
             warpers.append(TopKLogitsWarper(top_k[row].item()))
         warpers += [TopPLogitsWarper(top_p[row].item()), MinPLogitsWarper(min_p[row].item())]
-        scores = logits[row : row + 1]
+        scores = logits[row : row + 1].double()
         for warper in warpers:
             scores = warper(None, scores)
         expected[row] = scores[0].softmax(-1)
 
-    weights = sampling_weights(logits, temperature, top_k, top_p, min_p)
-    assert torch.equal(weights > 0, expected > 0)
-    torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), expected, rtol=1e-9, atol=0)
+    fraction_bits = fraction_bits_for(vocab_size)
+    weights = weights_of(logits, logits.amax(-1), scale_of_temperature(temperature), fraction_bits)
+    kept = kept_ids(logits, weights, top_k, top_p) & (weights >= least_weight_of(min_p, fraction_bits)[:, None])
+    # an id below 2^-45 of the likeliest has no weight; no filter of these rows would have kept one
+    assert torch.equal(kept & (weights > 0), expected > 0.5**45)
+    weights = torch.where(kept, weights, 0).double()
+    # 24 bits of the logits' distance times up to 45 octaves
+    torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), expected, rtol=5e-6, atol=2.0**-45)
 
     state = SamplerState.create(
         num_rows, 1, eos_ids=(), sampling_temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p

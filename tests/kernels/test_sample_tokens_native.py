@@ -1,0 +1,126 @@
+"""Does the native sampler on a CPU give the reference's tokens and log-probs bit for bit, whatever the rows are?
+
+python -m pytest tests/kernels/test_sample_tokens_native.py
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from esr_kernels import Impl, SamplerState, sample_tokens
+from esr_kernels.sample_tokens import native
+
+pytestmark = pytest.mark.skipif(not native.is_native_sampler_built("cpu"), reason="built only where a C++ compiler is")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def mixed_rows(num_rows: int, vocab_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Nine kinds of rows in turn: spread, peaked, flat, few values, huge, tiny, one-hot, mostly -inf, broken."""
+    logits = 2.2 * torch.randn(num_rows, vocab_size, generator=generator)
+    kind = torch.arange(num_rows) % 9
+    logits[kind == 1, : vocab_size // 20 + 1] += 12
+    logits[kind == 2] = -3.25
+    logits[kind == 3] = logits[kind == 3].round()
+    logits[kind == 4] *= 3000
+    logits[kind == 5] *= 1e-6
+    one_hot = kind == 6
+    logits[one_hot] = -40.0
+    logits[one_hot, torch.randint(0, vocab_size, (int(one_hot.sum()),), generator=generator)] = 5.0
+    is_masked = torch.rand(num_rows, vocab_size, generator=generator) < 0.9
+    is_masked[:, 0] = False
+    logits[(kind == 7)[:, None] & is_masked] = -torch.inf
+    broken = (kind == 8).nonzero().squeeze(1)[::4]
+    logits[broken, vocab_size // 2] = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.arange(len(broken)) % 3]
+    return logits
+
+
+def mixed_state(num_rows: int, vocab_size: int, horizon: int, generator: torch.Generator) -> SamplerState:
+    """Every parameter per row, each off in a part of the rows."""
+
+    def rand() -> torch.Tensor:
+        return torch.rand(num_rows, generator=generator, dtype=torch.float64)
+
+    def some(value: torch.Tensor, otherwise: float) -> torch.Tensor:
+        return torch.where(rand() < 0.6, value, torch.full_like(value, otherwise))
+
+    return SamplerState.create(
+        num_rows,
+        horizon,
+        eos_ids=[1, vocab_size - 1],
+        sampling_temperature=torch.where(rand() < 0.1, 0.0, some(10 ** (4 * rand() - 2), 1.0)),
+        top_k=some((rand() * vocab_size * 1.1).long(), 0),
+        top_p=some(rand(), 1.0),
+        min_p=some(0.3 * rand(), 0.0),
+        seed=torch.randint(-(2**62), 2**62, (num_rows,), generator=generator),
+        request_ids=torch.randint(0, 2**62, (num_rows,), generator=generator),
+        pad_id=0,
+    )
+
+
+def assert_same_states(actual: SamplerState, expected: SamplerState) -> None:
+    for field in fields(expected):
+        one, other = getattr(actual, field.name), getattr(expected, field.name)
+        if isinstance(other, torch.Tensor):
+            assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), field.name
+            assert torch.equal(one.isnan(), other.isnan()), field.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(3000, 2), (2000, 33), (1200, 1000), (360, 4099), (18, 151_936)])
+def test_same_bits_as_the_reference_on_mixed_rows(dtype, num_rows, vocab_size):
+    states = [mixed_state(num_rows, vocab_size, 2, torch.Generator().manual_seed(vocab_size)) for _ in Impl]
+    generator = torch.Generator().manual_seed(num_rows)
+    for _ in range(2):
+        logits = mixed_rows(num_rows, vocab_size, generator).to(DTYPES[dtype])
+        for impl, state in zip(Impl, states, strict=True):
+            sample_tokens(logits, state, impl=impl)
+    assert_same_states(*states)
+    if vocab_size > 2:
+        assert len(states[0].token_ids_B_K.unique()) > min(vocab_size, num_rows) // 4
+        assert 0 < int(states[0].invalid_B.sum()) < num_rows // 9
+
+
+def test_rows_that_are_strided_or_unaligned():
+    """Rows of a larger tensor, one that starts at an odd element, and columns that are not adjacent."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(40, 3, 131, generator=generator).bfloat16()
+    for logits in (wide[:, 1, 3:130], wide[:, 2], wide[:, :, 5], wide[:1, 0].expand(40, -1)):
+        states = [mixed_state(40, logits.shape[1], 1, torch.Generator().manual_seed(1)) for _ in Impl]
+        for impl, state in zip(Impl, states, strict=True):
+            sample_tokens(logits, state, impl=impl)
+        assert_same_states(*states)
+
+
+def test_operator_passes_opcheck_and_compiles():
+    native.load_native_sampler("cpu")
+    state = SamplerState.create(3, 2, eos_ids=[1])
+    tensors = [getattr(state, name) for name in native._STATE_TENSORS]
+    operator = torch.ops.esr_kernels.sample_tokens.default
+    torch.library.opcheck(operator, (torch.randn(3, 50), *tensors, 0))
+
+    states = [SamplerState.create(3, 2, eos_ids=[1], top_k=5) for _ in range(2)]
+    logits = torch.randn(3, 50)
+    torch.compile(lambda z: sample_tokens(z + 1, states[0]), fullgraph=True, backend="aot_eager")(logits)
+    sample_tokens(logits + 1, states[1])
+    assert_same_states(*states)
+
+
+def test_wrong_tensors_are_refused_by_the_operator():
+    native.load_native_sampler("cpu")
+    state = SamplerState.create(3, 2, eos_ids=[1])
+    state.lengths_B = state.lengths_B.int()
+    with pytest.raises(RuntimeError, match="lengths_B must be contiguous"):
+        sample_tokens(torch.zeros(3, 50), state)
+
+
+def test_missing_library_says_how_to_build_it(monkeypatch):
+    monkeypatch.setattr(native, "_FOLDER", Path("nowhere"))
+    monkeypatch.setattr(native, "_loaded", set())
+    with pytest.raises(
+        NotImplementedError, match="needs the native sampler for cpu, which is not built; .*pip install"
+    ):
+        sample_tokens(torch.zeros(1, 4), SamplerState.create(1, 1, eos_ids=()))
+    with pytest.raises(NotImplementedError, match="needs tensors on the CPU or a CUDA device, got meta"):
+        native.load_native_sampler("meta")
