@@ -16,7 +16,7 @@ constexpr int MOST_WARPS = MOST_THREADS / 32;
 
 // What the threads of a block tell each other and the other blocks of the row. Every call uses one of two copies in turn:
 // each call has a barrier of the row, so nobody is still reading the copy that the call after the next writes.
-struct RowExchange {
+struct alignas(16) RowExchange {
   uint64_t warp_raw[2][MOST_WARPS], warp_drawn[2][MOST_WARPS];
   Masses block_masses[2];
   float warp_top[2][MOST_WARPS], block_top[2];
@@ -78,19 +78,21 @@ struct CooperativeRow {
   ESR_INLINE Vector read(int vector) const { return IN_SHARED ? copied[vector - block_vector] : load(vector); }
 
   // f(id, logit) for the ids of this thread in rising order. The lanes of a warp stay together: outside the segment they get
-  // -infinity, which has no weight.
+  // -infinity, which has no weight, with ids outside the row.
   template <class F>
   ESR_INLINE void for_each(F f) const {
     for (int start = first; start < last; start += 32) {
       const int vector = start + threads.lane;
+      int id = vocab_size;
       Vector own;
       if (vector < last) {
+        id = first_id + vector * VECTOR;
         own = read(vector);
       } else {
         for (int i = 0; i < VECTOR; ++i) own.bits[i] = Format::MINUS_INFINITY;
       }
 #pragma unroll
-      for (int i = 0; i < VECTOR; ++i) f(first_id + vector * VECTOR + i, Format::to_float(own.bits[i]));
+      for (int i = 0; i < VECTOR; ++i) f(id + i, Format::to_float(own.bits[i]));
     }
   }
 

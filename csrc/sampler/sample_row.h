@@ -6,7 +6,8 @@
 //   pick(f, target)        after weigh(f): the first id, in id order, with which the sum of f.drawn exceeds target
 //   find_bucket(f, need)   see rank_boundary.h
 //   logit(id)
-// On a device all threads of the row call these together, with the same arguments, and get the same answers.
+// On a device all threads of the row call these together, with the same arguments, and get the same answers. A row ends with
+// `pick`, whose barrier comes after the last look into the shared memory of another block.
 #pragma once
 
 #include "random_stream.h"
@@ -87,11 +88,18 @@ ESR_INLINE RowOutcome sample_row(Row& row, const RowParameters& parameters, uint
   const WeightScale plain{top.logit, RAW_SCALE, fraction_bits};
 
   if (is_invalid || parameters.temperature == 0) {  // the lowest of the largest
-    const auto is_top = [=](int, float logit) {
-      return Masses{is_invalid ? 0 : plain.weight(logit), logit == top.logit};
+    const int vocab_size = row.vocab_size;
+    const auto is_top = [=](int id, float logit) {
+      const bool is_inside = 0 <= id && id < vocab_size;  // what a row is filled up with may equal a top of -infinity
+      return Masses{is_invalid ? 0 : plain.weight(logit), is_inside && logit == top.logit};
     };
     const Masses mass = row.weigh(is_top);
-    const int token = mass.drawn > 0 ? row.pick(is_top, 0) : 0;
+    if (mass.drawn == 0) {  // every logit is NaN
+      const auto is_first = [](int id, float) { return Masses{0, id == 0}; };
+      row.weigh(is_first);
+      return {row.pick(is_first, 0), nan, nan, true};
+    }
+    const int token = row.pick(is_top, 0);
     if (is_invalid) return {token, nan, nan, true};
     return {token, logprob_of(top.logit, top.logit, 1, mass.raw, fraction_bits), 0, false};
   }
