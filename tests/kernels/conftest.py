@@ -1,6 +1,7 @@
 """Makes Triton's interpreter behave like the hardware where it does not, and unwritten outputs visible."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from esr_kernels import Impl
 
 # Triton exists for Linux only; elsewhere the references are tested and the kernels are not.
 if find_spec("triton") is None:
@@ -64,6 +67,14 @@ def interpreter_like_hardware(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_with_clean_language)
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(params=list(Impl), ids=lambda impl: impl.name.lower())
+def sampler_impl(request: pytest.FixtureRequest) -> Impl:
+    """Both samplers; where there is a C++ compiler, a native one that is not built is a failure."""
+    if request.param is Impl.FUSED and shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("the native sampler is built with a C++ compiler")
+    return request.param
 
 
 @pytest.fixture

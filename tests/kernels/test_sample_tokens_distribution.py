@@ -13,8 +13,9 @@ from esr_kernels.sample_tokens.reference import draw
 LOGITS = {
     "flat": np.zeros(16),
     "peaked": np.array([6.0, 2.0, 1.0, 0.0, -1.0, -np.inf, 2.0, -3.0]),
-    "zipf": -1.1 * np.log(np.random.default_rng(0).permutation(64) + 1.0),  # language-model-like
+    "zipf": -1.1 * np.log(np.random.default_rng(0).permutation(128) + 1.0),  # language-model-like
 }
+NUM_DRAWS = {Impl.REFERENCE: 20_000, Impl.FUSED: 1_000_000}
 # temperature, top_k, top_p, min_p
 SETTINGS = {
     "T0.2": (0.2, 0, 1.0, 0.0),
@@ -52,10 +53,11 @@ def chi_squared_bound(degrees: int) -> float:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", LOGITS)
-def test_chi_squared(name, setting):
-    """R1: 40000 draws as 20000 rows of 2 positions; rare ids are pooled into one class."""
+def test_chi_squared(name, setting, sampler_impl):
+    """R1: the draws are rows of 2 positions; rare ids are pooled into one class."""
     logits, (temperature, top_k, top_p, min_p) = LOGITS[name], SETTINGS[setting]
-    num_rows, num_positions = 20_000, 2
+    num_draws, num_positions = NUM_DRAWS[sampler_impl], 2
+    num_rows = num_draws // num_positions
     state = SamplerState.create(
         num_rows,
         num_positions,
@@ -67,8 +69,7 @@ def test_chi_squared(name, setting):
         seed=7,
     )
     for _ in range(num_positions):
-        sample_tokens(torch.tensor(logits).expand(num_rows, -1), state, impl=Impl.REFERENCE)
-    num_draws = num_rows * num_positions
+        sample_tokens(torch.tensor(logits).float().expand(num_rows, -1), state, impl=sampler_impl)
     counts = np.bincount(state.token_ids_B_K.numpy().ravel(), minlength=len(logits))
     expected = exact_probabilities(logits, temperature, top_k, top_p, min_p) * num_draws
     assert (counts[expected == 0] == 0).all()
@@ -85,7 +86,7 @@ def test_chi_squared(name, setting):
         assert np.abs(counts - expected).sum() / (2 * num_draws) < 2 * (len(logits) / num_draws) ** 0.5
 
 
-def test_rows_with_different_parameters_in_one_call():
+def test_rows_with_different_parameters_in_one_call(sampler_impl):
     """Row r of each setting draws from that setting's distribution: its support and its log-prob are the row's own."""
     logits, repeats = LOGITS["zipf"], 50
     parameters = np.repeat(np.array(list(SETTINGS.values())), repeats, axis=0)
@@ -98,7 +99,7 @@ def test_rows_with_different_parameters_in_one_call():
         top_p=torch.tensor(parameters[:, 2]),
         min_p=torch.tensor(parameters[:, 3]),
     )
-    sample_tokens(torch.tensor(logits).expand(len(parameters), -1), state, impl=Impl.REFERENCE)
+    sample_tokens(torch.tensor(logits).float().expand(len(parameters), -1), state, impl=sampler_impl)
     for row, (temperature, top_k, top_p, min_p) in enumerate(parameters):
         exact = exact_probabilities(logits, temperature, int(top_k), top_p, min_p)
         probability = exact[state.token_ids_B_K[row, 0]]
@@ -106,17 +107,24 @@ def test_rows_with_different_parameters_in_one_call():
         assert state.sampling_logprobs_B_K[row, 0].item() == pytest.approx(np.log(probability), abs=1e-6)
 
 
-def test_tail_mass():
-    """R2: 1024 tail ids 12 nats below the head, 10000 draws: the count of tail draws within 4.5 sigma."""
-    tail, num_rows, num_positions = 1024, 2000, 5
-    logits = torch.full((1, 1 + tail), -12.0)
+@pytest.mark.parametrize("gap", [18.0, 20.5])
+def test_tail_mass(gap, sampler_impl):
+    """R2: 262144 tail ids, each below 2^-25 of the head: z of the number of tail draws within 4.
+
+    A uniform of 24 bits, or weights below 2^-24 cut off, would reach too few of them. The reference draws less often.
+    """
+    tail, num_draws = 262_144, {Impl.REFERENCE: 48, Impl.FUSED: 100_000}[sampler_impl]
+    logits = torch.full((1, 1 + tail), -gap)
     logits[0, 100] = 0.0
-    state = SamplerState.create(num_rows, num_positions, eos_ids=(), seed=3)
-    for _ in range(num_positions):
-        sample_tokens(logits.expand(num_rows, -1), state, impl=Impl.REFERENCE)
-    num_draws, p = num_rows * num_positions, tail * np.exp(-12) / (1 + tail * np.exp(-12))
+    num_rows = min(num_draws, 1000)
+    state = SamplerState.create(num_rows, -(-num_draws // num_rows), eos_ids=(), seed=3)
+    for _ in range(state.horizon):
+        sample_tokens(logits.expand(num_rows, -1), state, impl=sampler_impl)
+    p = tail * np.exp(-gap) / (1 + tail * np.exp(-gap))
     hits = int((state.token_ids_B_K != 100).sum())
-    assert abs(hits - num_draws * p) < 4.5 * (num_draws * p * (1 - p)) ** 0.5
+    assert abs(hits - num_draws * p) < 4 * (num_draws * p * (1 - p)) ** 0.5
+    logprob = state.logprobs_B_K[state.token_ids_B_K == 100]
+    torch.testing.assert_close(logprob, torch.full_like(logprob, np.log1p(-p)), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +150,14 @@ def test_inverse_cdf_never_passes_the_last_id():
     assert draw(weights, torch.tensor([2**53 - 1]))[0].item() == 1
 
 
-def test_positions_requests_and_seeds_differ():
+def test_positions_requests_and_seeds_differ(sampler_impl):
     """R5: with 4096 equally likely ids, two independent draws agree once in 4096."""
     num_rows, num_positions = 64, 16
     runs = []
     for seed in (0, 1, 2**32):
         state = SamplerState.create(num_rows, num_positions, eos_ids=(), seed=seed)
         for _ in range(num_positions):
-            sample_tokens(torch.zeros(num_rows, 4096), state, impl=Impl.REFERENCE)
+            sample_tokens(torch.zeros(num_rows, 4096), state, impl=sampler_impl)
         runs.append(state.token_ids_B_K)
     all_tokens = torch.stack(runs).flatten()
     # 3072 draws of 4096 ids: 4096 (1 - (1 - 1/4096)^3072) = 2161 distinct expected, sigma below 31

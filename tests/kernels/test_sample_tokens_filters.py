@@ -24,10 +24,10 @@ from esr_kernels.sample_tokens.fixed_point import (
 from esr_kernels.sample_tokens.reference import kept_ids
 
 
-def drawn_ids(logits: list[float], **parameters) -> set[int]:
+def drawn_ids(sampler_impl: Impl, logits: list[float], **parameters) -> set[int]:
     """The ids seen in 600 draws; an id of probability 1/16 is missed with probability 1e-17."""
     state = SamplerState.create(600, 1, eos_ids=(), **parameters)
-    sample_tokens(torch.tensor(logits).expand(600, -1), state, impl=Impl.REFERENCE)
+    sample_tokens(torch.tensor(logits).expand(600, -1), state, impl=sampler_impl)
     return set(state.token_ids_B_K.flatten().tolist())
 
 
@@ -45,25 +45,25 @@ def log(*probabilities: float) -> list[float]:
         ([-math.inf, -7.0, -7.0, -math.inf], 1),
     ],
 )
-def test_greedy_settings_are_argmax_with_the_lowest_id(logits, expected, parameters):
+def test_greedy_settings_are_argmax_with_the_lowest_id(logits, expected, parameters, sampler_impl):
     """R6 and R7 at top_p = 0: one id, whatever the random number, with sampling log-prob 0."""
     state = SamplerState.create(50, 1, eos_ids=(), **parameters)
-    sample_tokens(torch.tensor(logits).expand(50, -1), state, impl=Impl.REFERENCE)
+    sample_tokens(torch.tensor(logits).expand(50, -1), state, impl=sampler_impl)
     assert (state.token_ids_B_K == expected).all()
     assert (state.sampling_logprobs_B_K == 0).all()
 
 
-def test_temperature_zero_ignores_filters_and_keeps_the_raw_logprob():
+def test_temperature_zero_ignores_filters_and_keeps_the_raw_logprob(sampler_impl):
     state = SamplerState.create(1, 1, eos_ids=(), sampling_temperature=0.0, top_k=3, top_p=0.9, min_p=0.5)
-    sample_tokens(torch.tensor([log(0.2, 0.5, 0.3)]), state, impl=Impl.REFERENCE)
+    sample_tokens(torch.tensor([log(0.2, 0.5, 0.3)]), state, impl=sampler_impl)
     assert state.token_ids_B_K.item() == 1
     assert state.sampling_logprobs_B_K.item() == 0
     assert state.logprobs_B_K.item() == pytest.approx(math.log(0.5), abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-300])
-def test_tiny_temperature_is_nearly_greedy(scale):
-    assert drawn_ids([1.0, 2.0, 0.0], sampling_temperature=scale) == {1}
+def test_tiny_temperature_is_nearly_greedy(scale, sampler_impl):
+    assert drawn_ids(sampler_impl, [1.0, 2.0, 0.0], sampling_temperature=scale) == {1}
 
 
 @pytest.mark.parametrize(
@@ -91,31 +91,31 @@ def test_tiny_temperature_is_nearly_greedy(scale):
         ({"sampling_temperature": 0.5, "min_p": 0.2}, {1, 2}),  # (0.1 / 0.4)^2 = 0.0625
     ],
 )
-def test_kept_ids_by_hand(parameters, expected):
+def test_kept_ids_by_hand(parameters, expected, sampler_impl):
     # the 1e-5 makes "reaches 0.4" safe from the rounding of the float32 logarithm
-    assert drawn_ids(log(0.1, 0.4 + 1e-5, 0.3, 0.1, 0.1), **parameters) == expected
+    assert drawn_ids(sampler_impl, log(0.1, 0.4 + 1e-5, 0.3, 0.1, 0.1), **parameters) == expected
 
 
 @pytest.mark.parametrize(("min_p", "expected"), [(0.0, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3}), (0.5, {0, 1, 2, 3})])
-def test_min_p_on_a_flat_row_keeps_all(min_p, expected):
-    assert drawn_ids([0.0] * 4, min_p=min_p) == expected
+def test_min_p_on_a_flat_row_keeps_all(min_p, expected, sampler_impl):
+    assert drawn_ids(sampler_impl, [0.0] * 4, min_p=min_p) == expected
 
 
 @pytest.mark.parametrize(("top_p", "expected"), [(0.25, {0}), (0.5, {0, 1}), (0.51, {0, 1, 2}), (0.99, {0, 1, 2, 3})])
-def test_top_p_ties_on_a_flat_row_keep_the_lower_ids(top_p, expected):
-    assert drawn_ids([0.0] * 4, top_p=top_p) == expected
+def test_top_p_ties_on_a_flat_row_keep_the_lower_ids(top_p, expected, sampler_impl):
+    assert drawn_ids(sampler_impl, [0.0] * 4, top_p=top_p) == expected
 
 
 @pytest.mark.parametrize("parameters", [{"top_k": 3}, {"top_p": 3 / 512}])
-def test_ties_in_a_wide_row_keep_the_lower_ids(parameters):
-    assert drawn_ids([0.0] * 512, **parameters) == {0, 1, 2}
+def test_ties_in_a_wide_row_keep_the_lower_ids(parameters, sampler_impl):
+    assert drawn_ids(sampler_impl, [0.0] * 512, **parameters) == {0, 1, 2}
 
 
-def test_top_k_beyond_the_finite_logits_draws_finite_ids_only():
-    assert drawn_ids(log(0.0, 0.5, 0.0, 0.5), top_k=3) == {1, 3}
+def test_top_k_beyond_the_finite_logits_draws_finite_ids_only(sampler_impl):
+    assert drawn_ids(sampler_impl, log(0.0, 0.5, 0.0, 0.5), top_k=3) == {1, 3}
 
 
-def test_equals_hugging_face_warpers():
+def test_equals_hugging_face_warpers(sampler_impl):
     """R8: 1000 random rows with random parameters: same kept set, same probabilities, and the draw's log-prob."""
     num_rows, vocab_size = 1000, 40
     generator = torch.Generator().manual_seed(5)
@@ -150,6 +150,6 @@ def test_equals_hugging_face_warpers():
     state = SamplerState.create(
         num_rows, 1, eos_ids=(), sampling_temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    sample_tokens(logits, state, impl=Impl.REFERENCE)
+    sample_tokens(logits, state, impl=sampler_impl)
     drawn = expected.gather(1, state.token_ids_B_K).log().float()
     torch.testing.assert_close(state.sampling_logprobs_B_K, drawn, rtol=1e-6, atol=1e-6)

@@ -30,56 +30,60 @@ def parameters_of(requests: list[int]) -> dict[str, torch.Tensor]:
     }
 
 
-def roll_out(requests: list[int]) -> SamplerState:
+def roll_out(sampler_impl: Impl, requests: list[int]) -> SamplerState:
     state = SamplerState.create(len(requests), HORIZON, eos_ids=[2, 11], seed=99, **parameters_of(requests))
     for position in range(HORIZON):
         logits = torch.stack([logits_of(request, position) for request in requests])
-        sample_tokens(logits, state, impl=Impl.REFERENCE)
+        sample_tokens(logits, state, impl=sampler_impl)
     return state
 
 
 @pytest.mark.parametrize("requests", [[3], [7, 3], [19, 0, 3, 7, 12], list(range(39, -1, -1))])
-def test_slot_batch_size_and_neighbours_do_not_matter(requests):
+def test_slot_batch_size_and_neighbours_do_not_matter(requests, sampler_impl):
     """R4: every request gives the bits it gives in the batch 0 .. 39, in every slot and company."""
-    whole, part = roll_out(list(range(40))), roll_out(requests)
+    whole, part = roll_out(sampler_impl, list(range(40))), roll_out(sampler_impl, requests)
     for slot, request in enumerate(requests):
         for name in ("token_ids_B_K", "logprobs_B_K", "sampling_logprobs_B_K", "lengths_B", "stopped_by_eos_B"):
             assert torch.equal(getattr(part, name)[slot], getattr(whole, name)[request]), (name, request)
     assert whole.lengths_B.min() < HORIZON < VOCAB_SIZE  # some rows did stop early
 
 
-def test_equal_seed_on_different_requests_differs_and_equal_address_agrees():
+def test_equal_seed_on_different_requests_differs_and_equal_address_agrees(sampler_impl):
     state = SamplerState.create(4, 8, eos_ids=(), seed=5, request_ids=[1, 2, 1, 2**40 + 1])
     for _ in range(8):
-        sample_tokens(torch.zeros(4, 1000), state, impl=Impl.REFERENCE)
+        sample_tokens(torch.zeros(4, 1000), state, impl=sampler_impl)
     tokens = state.token_ids_B_K
     assert torch.equal(tokens[0], tokens[2])
     assert not torch.equal(tokens[0], tokens[1])
     assert not torch.equal(tokens[0], tokens[3])
 
 
-def test_seed_per_row_equals_seed_of_the_batch():
+def test_seed_per_row_equals_seed_of_the_batch(sampler_impl):
     """A row of seed s draws the same in a batch of mixed seeds and in a batch of seed s; 2^64 - 1 is the pattern -1."""
     seeds = [0, 1, 2**63 - 1, 2**64 - 1]
     mixed = SamplerState.create(4, 5, eos_ids=(), seed=torch.tensor([0, 1, 2**63 - 1, -1]))
     for _ in range(5):
-        sample_tokens(torch.zeros(4, 500), mixed, impl=Impl.REFERENCE)
+        sample_tokens(torch.zeros(4, 500), mixed, impl=sampler_impl)
     for row, seed in enumerate(seeds):
         single = SamplerState.create(4, 5, eos_ids=(), seed=seed)
         for _ in range(5):
-            sample_tokens(torch.zeros(4, 500), single, impl=Impl.REFERENCE)
+            sample_tokens(torch.zeros(4, 500), single, impl=sampler_impl)
         assert torch.equal(single.token_ids_B_K[row], mixed.token_ids_B_K[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_raw_logprob_is_log_softmax_and_prefix_logprobs(dtype):
+def test_raw_logprob_is_log_softmax_and_prefix_logprobs(dtype, sampler_impl):
     """R10: against numpy in float64 on the same low-precision logits, and against `prefix_logprobs` on the rollout."""
+    if dtype == torch.float64 and sampler_impl is Impl.FUSED:
+        with pytest.raises(TypeError, match="got float64"):
+            sample_tokens(torch.zeros(1, 2, dtype=dtype), SamplerState.create(1, 1, eos_ids=()), impl=sampler_impl)
+        return
     num_rows, prompt, horizon = 8, 3, 4
     generator = torch.Generator().manual_seed(2)
     logits = (4 * torch.randn(num_rows, prompt + horizon, VOCAB_SIZE, generator=generator)).to(dtype)
     state = SamplerState.create(num_rows, horizon, eos_ids=[1, 4, 9], sampling_temperature=0.8, top_k=12, seed=1)
     for position in range(horizon):
-        sample_tokens(logits[:, prompt - 1 + position], state, impl=Impl.REFERENCE)
+        sample_tokens(logits[:, prompt - 1 + position], state, impl=sampler_impl)
 
     z = logits.double().numpy()
     for row in range(num_rows):
@@ -96,11 +100,11 @@ def test_raw_logprob_is_log_softmax_and_prefix_logprobs(dtype):
     torch.testing.assert_close(state.logprobs_B_K, result.float(), rtol=0, atol=1e-5)
 
 
-def test_sampling_logprob_by_hand():
+def test_sampling_logprob_by_hand(sampler_impl):
     """Temperature 2 turns (4, 1, 4, 16)/25 into (2, 1, 2, 4)/9; top-3 leaves (2, 2, 4)/8."""
     logits = torch.tensor([4.0, 1.0, 4.0, 16.0]).log().expand(64, -1)
     state = SamplerState.create(64, 1, eos_ids=(), sampling_temperature=2.0, top_k=3)
-    sample_tokens(logits, state, impl=Impl.REFERENCE)
+    sample_tokens(logits, state, impl=sampler_impl)
     tokens = state.token_ids_B_K
     assert set(tokens.flatten().tolist()) == {0, 2, 3}
     torch.testing.assert_close(state.sampling_logprobs_B_K, torch.tensor([0.25, 0.0, 0.25, 0.5]).log()[tokens])
@@ -119,14 +123,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("parameters", [{}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}, {"sampling_temperature": 0.0}])
-def test_broken_rows(parameters):
+def test_broken_rows(parameters, sampler_impl):
     """R9: a valid id, the flag, log-probs NaN; neighbours draw what they draw without broken company."""
     rows = [row for row, _ in BROKEN.values()]
     healthy = [0.0, 1.0, -INF, 2.0]
     state = SamplerState.create(len(rows) + 1, 2, eos_ids=(), **parameters)
-    sample_tokens(torch.tensor([*rows, healthy]), state, impl=Impl.REFERENCE)
+    sample_tokens(torch.tensor([*rows, healthy]), state, impl=sampler_impl)
     alone = SamplerState.create(1, 2, eos_ids=(), request_ids=[len(rows)], **parameters)
-    sample_tokens(torch.tensor([healthy]), alone, impl=Impl.REFERENCE)
+    sample_tokens(torch.tensor([healthy]), alone, impl=sampler_impl)
 
     assert state.token_ids_B_K[:-1, 0].tolist() == [expected for _, expected in BROKEN.values()]
     assert state.invalid_B.tolist() == [True] * len(rows) + [False]
@@ -135,13 +139,13 @@ def test_broken_rows(parameters):
     for name in ("token_ids_B_K", "logprobs_B_K", "sampling_logprobs_B_K"):
         assert torch.equal(getattr(state, name)[-1], getattr(alone, name)[0])
 
-    sample_tokens(torch.zeros(len(rows) + 1, 4), state, impl=Impl.REFERENCE)
+    sample_tokens(torch.zeros(len(rows) + 1, 4), state, impl=sampler_impl)
     assert state.invalid_B.tolist() == [True] * len(rows) + [False]  # the flag stays
     assert state.logprobs_B_K[:, 1].isfinite().all()
 
 
-def test_broken_row_that_falls_on_eos_stops():
+def test_broken_row_that_falls_on_eos_stops(sampler_impl):
     state = SamplerState.create(1, 3, eos_ids=[2])
-    sample_tokens(torch.tensor([[0.0, NAN, 7.0]]), state, impl=Impl.REFERENCE)
+    sample_tokens(torch.tensor([[0.0, NAN, 7.0]]), state, impl=sampler_impl)
     assert state.stopped_by_eos_B.tolist() == [True]
     assert state.lengths_B.tolist() == [1]
