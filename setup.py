@@ -84,15 +84,15 @@ class BuildSampler(build_ext):
 
 def sampler_half(half: str) -> Extension:
     sources = ["csrc/registration.cpp"] + ["csrc/sampler/sampler_cpu.cpp"] * (half == "cpu")
-    libraries = ["torch", "torch_cpu"] + ["cudart_static", "rt", "dl", "pthread"] * (half == "cuda")
-    flags = [*COMPILE_FLAGS, f"-DESR_SAMPLER_{half.upper()}"]
+    # libtorch.so brings libtorch_cuda.so in a PyTorch that has it; the linker would leave it out as unused
+    torch_libraries = ["-Wl,--no-as-needed"] * (sys.platform == "linux") + ["-ltorch", "-ltorch_cpu"]
     return Extension(
         f"esr_kernels.sample_tokens._sampler_{half}",
         sources,
         depends=[str(path) for path in Path("csrc").rglob("*.*")],
-        libraries=libraries,
-        extra_compile_args=flags,
-        extra_link_args=["-Wl,--no-as-needed"] * (sys.platform == "linux"),
+        libraries=["cudart_static", "rt", "dl", "pthread"] * (half == "cuda"),
+        extra_compile_args=[*COMPILE_FLAGS, f"-DESR_SAMPLER_{half.upper()}"],
+        extra_link_args=torch_libraries,
     )
 
 

@@ -126,7 +126,8 @@ void sample_tokens_cuda(StableIValue* stack, uint64_t count, uint64_t) {
     const int32_t device = logits.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                    "sample_tokens: torch gave no stream for device ", device);
     const int error = esr::launch_sample_tokens(arguments, stream);
     STD_TORCH_CHECK(error == 0, "sample_tokens: the kernel could not be launched: ", esr::describe_cuda_error(error));
   });

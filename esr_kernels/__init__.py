@@ -18,7 +18,7 @@ from esr_kernels.linear_prefix_logprobs import linear_prefix_logprobs
 from esr_kernels.logit_storage import LogitStorage
 from esr_kernels.output_head import OutputHead
 from esr_kernels.prefix_logprobs import PrefixLogprobs, prefix_logprobs
-from esr_kernels.sample_tokens import SamplerState, sample_tokens
+from esr_kernels.sample_tokens import SamplerState, is_native_sampler_built, sample_tokens
 from esr_kernels.sampled_kl import (
     reverse_kl_estimate,
     reverse_kl_policy_gradient_loss,
@@ -47,6 +47,7 @@ __all__ = [
     "TotalVariation",
     "__version__",
     "gather_logprobs",
+    "is_native_sampler_built",
     "linear_divergence",
     "linear_prefix_logprobs",
     "prefix_logprobs",

@@ -29,19 +29,6 @@ def check_impl(op: str, impl: Impl | str) -> Impl:
         raise ValueError(f"{op}: impl must be one of {[i.value for i in Impl]}, got {impl!r}") from None
 
 
-def require_reference(op: str, impl: Impl | str) -> None:
-    """Raise unless `impl` is REFERENCE: for ops whose fused kernel is not built yet.
-
-    Raises:
-        ValueError: `impl` is no member of `Impl`.
-        NotImplementedError: `impl` is FUSED.
-    """
-    if check_impl(op, impl) is Impl.FUSED:
-        raise NotImplementedError(
-            f"{op}: the fused kernel is not built yet in this version; pass impl=Impl.REFERENCE for plain PyTorch"
-        )
-
-
 def require_kernels(op: str, **tensors: Tensor | None) -> None:
     """Raise where the Triton kernels of `Impl.FUSED` cannot run on these tensors, saying what is missing.
 

@@ -15,6 +15,7 @@ from esr_distill.hidden_states import check_output_head
 from esr_distill.learning_rate import learning_rate_factor
 from esr_distill.models import StopIds, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptSet, read_prompt_file, tokenize_prompts
+from esr_distill.rollout import choose_sampler_impl
 from esr_kernels import Divergence, Impl
 
 
@@ -108,9 +109,11 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     )
     impl = choose_impl(device)
     why = "Triton kernels" if impl is Impl.FUSED else "plain PyTorch: the kernels need a CUDA device"
-    console.print(
-        f"divergence: {impl.value} ({why}); sampler: reference (its kernels are not built yet in this version)"
+    sampler_impl = choose_sampler_impl(device)
+    how = (
+        "native" if sampler_impl is Impl.FUSED else f"plain PyTorch: the native sampler is not built for {device.type}"
     )
+    console.print(f"divergence: {impl.value} ({why}); sampler: {sampler_impl.value} ({how})")
     return TrainingRun(
         config, device, student, teacher, tokenizer, stop, prompts, divergence, impl, optimizer, scheduler, evaluation
     )

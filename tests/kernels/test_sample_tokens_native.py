@@ -5,6 +5,7 @@ python -m pytest tests/kernels/test_sample_tokens_native.py
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_wrong_tensors_are_refused_by_the_operator():
     state.lengths_B = state.lengths_B.int()
     with pytest.raises(RuntimeError, match="lengths_B must be contiguous"):
         sample_tokens(torch.zeros(3, 50), state)
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_library_brings_all_of_torch():
+    """libtorch.so, of which it uses no symbol, stands for libtorch_cuda.so, of which the CUDA half does."""
+    library = Path(native.__file__).parent / "_sampler_cpu.so"
+    report = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "[libtorch.so]" in report and "[libtorch_cpu.so]" in report
 
 
 def test_missing_library_says_how_to_build_it(monkeypatch):

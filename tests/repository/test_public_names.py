@@ -26,6 +26,7 @@ PUBLIC_NAMES = {
     "reverse_kl_policy_gradient_loss": "student_logprobs, teacher_logprobs, *, cost, behaviour_logprobs, baseline, "
     "clip_range, max_ratio",
     "sample_tokens": "logits_B_V, state, *, impl",
+    "is_native_sampler_built": "device",
     "SamplerState.create": "batch_size, horizon, *, eos_ids, sampling_temperature, top_k, top_p, min_p, seed, "
     "request_ids, pad_id, device",
     "DivergenceOutput": "divergence_N, student_entropy_N, teacher_entropy_N, student_logprob_N, teacher_logprob_N, "

@@ -13,10 +13,15 @@ from transformers import PreTrainedModel
 from esr_distill.prompts import PromptBatch
 from esr_distill.rollout.rollout_batch import RolloutBatch, position_ids, response_mask
 from esr_distill.sampler_settings import SamplerSettings
-from esr_kernels import Impl, SamplerState, sample_tokens
+from esr_kernels import Impl, SamplerState, is_native_sampler_built, sample_tokens
 
 # A device counter says how many rows still run; asking for it makes the host wait, so a GPU is asked only this often.
 STEPS_BETWEEN_POLLS = {"cpu": 1, "cuda": 16}
+
+
+def choose_sampler_impl(device: torch.device) -> Impl:
+    """The native sampler where it is built for the device, else plain PyTorch: both draw the same tokens."""
+    return Impl.FUSED if is_native_sampler_built(device) else Impl.REFERENCE
 
 
 @torch.no_grad()
@@ -54,10 +59,11 @@ def generate_rollouts(
         pad_id=pad_id,
         device=prompts.prompt_ids_B_P.device,
     )
+    impl = choose_sampler_impl(prompts.prompt_ids_B_P.device)
     poll_every = STEPS_BETWEEN_POLLS.get(prompts.prompt_ids_B_P.device.type, 1)
     with eval_mode(model):
         for step, logits_B_V in enumerate(next_token_logits(model, prompts, state)):
-            sample_tokens(logits_B_V[:, :vocab_size], state, impl=Impl.REFERENCE)
+            sample_tokens(logits_B_V[:, :vocab_size], state, impl=impl)
             last = step + 1 == horizon
             if last or ((step + 1) % poll_every == 0 and state.active.item() == 0):
                 break
