@@ -48,13 +48,19 @@ fix: $(INSTALLED)  ## repair what `make check` reports, where a machine can
 	$(BIN)/ruff format .
 
 # For a machine with a GPU, its own torch >= 2.11 and no network: nothing is installed but the wheels carried in WHEELS,
-# and of those only the ones the machine lacks. Never run so far on a GPU; the path without one ends in a clear error.
-gpu:  ## on a CUDA machine, with its own Python: GPU tests, benchmark, demo (WHEELS=folder OUT=folder COMMIT=name)
+# and of those only the ones the machine lacks. The native sampler is built in place for that GPU with the machine's
+# nvcc, C++ compiler and setuptools; where both its libraries (ignored by git: a copy of the tracked files has none) lie
+# in esr_kernels/sample_tokens, run there and are not older than their sources, they are used instead. After the tests
+# compute-sanitizer, where it exists, checks the sampler's kernel; what it says is in OUT/sanitizer.txt. A step that
+# fails makes the whole fail, but the later ones still run. Never run so far on a GPU; the path without one ends in a
+# clear error.
+gpu:  ## on a CUDA machine: build the sampler, GPU tests, compute-sanitizer, benchmark, demo (WHEELS= OUT= COMMIT=)
 	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" OUT="$(OUT)" COMMIT="$(COMMIT)" .ci/gpu
 
 # Versions come from constraints.txt; packages with compiled parts are taken for CPython 3.12 on x86-64 Linux.
 CARRIED := pytest pluggy iniconfig pygments packaging jsonargparse docstring-parser typeshed-client typing-extensions \
-  PyYAML rich markdown-it-py mdurl matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil
+  PyYAML rich markdown-it-py mdurl matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil \
+  setuptools
 
 wheels: $(INSTALLED)  ## collect under .wheels what `make gpu WHEELS=.wheels` may miss on a machine without network
 	$(PIP) download -qq --dest .wheels --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
@@ -87,7 +93,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt Makefile
 	@$(PIP) install -qq --constraint constraints.txt --no-build-isolation --editable '.[test]' || { \
 	  echo "error: the dependencies could not be installed; see pip's message above" >&2; exit 1; }
 	@$(PIP) check
-	@$(BIN)/python -c 'from esr_kernels.sample_tokens.native import is_native_sampler_built as built; \
+	@$(BIN)/python -c 'from esr_kernels import is_native_sampler_built as built; \
 	  print("native sampler built for:", ", ".join(d for d in ("cpu", "cuda") if built(d)) or "nothing (no C++ compiler?)")'
 	@touch $@
 
