@@ -5,11 +5,12 @@ python bench/bench_ops.py --cases tiles,slices
 TRITON_INTERPRET=1 python bench/bench_ops.py --smoke     # results to runs/bench-smoke
 
 Cases: K1 to K3 in bench/logit_cases.py, L1 to L5 and L7 in bench/linear_cases.py, L6 in bench/topk_cases.py, B1, B2 and B4 in
-bench/prefix_cases.py, the sweeps in bench/sweeps.py. After each group of rows the result file is written whole: a run that is
-killed keeps what it has measured. The exit status is 1 when one of our own rows was refused or failed.
+bench/prefix_cases.py, C1 to C3 in bench/sampler_cases.py, the sweeps in bench/sweeps.py. After each group of rows the result
+file is written whole: a run that is killed keeps what it has measured. The exit status is 1 when one of our own rows was
+refused or failed.
 
---smoke runs every case on a CPU in Triton's interpreter, on tiny shapes, to prove that all run and all gates hold. Its times
-mean nothing and it writes nowhere under bench/results.
+--smoke runs every case on a CPU, the kernels in Triton's interpreter and the sampler natively, on tiny shapes, to prove that
+all run and all gates hold. Its times mean nothing and it writes nowhere under bench/results.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from ops_report import measured, write_report
 from prefix_cases import b1_groups, b2_groups, b4_groups
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from sampler_cases import c1_groups, c2_groups, c3_groups
 from settings import Settings, full_settings, smoke_settings
 from sweeps import slice_groups, tile_groups
 from timing import Budget, Stopwatch
@@ -45,12 +47,15 @@ CASES: dict[str, Callable[[Settings, Ceilings], GroupMakers]] = {
     "K1": lambda settings, _: k1_groups(settings),
     "L1": l1_groups,
     "B2": b2_groups,
+    "C1": lambda settings, _: c1_groups(settings),
+    "C2": lambda settings, _: c2_groups(settings),
     "L6": l6_groups,
     "B1": b1_groups,
     "L7": l7_groups,
     "L3": l3_groups,
     "L2": l2_groups,
     "L5": l5_groups,
+    "C3": lambda settings, _: c3_groups(settings),
     "K2": lambda settings, _: k2_groups(settings),
     "K3": lambda settings, _: k3_groups(settings),
     "B4": b4_groups,
@@ -166,11 +171,12 @@ def free_memory(stopwatch: Stopwatch) -> None:
 
 
 def summary_line(row: dict) -> str:
-    setting = f"{row['case']:>6} {measured(row):<22} {row['dtype']:<8} {row['pass']:<22} N {row['N']:<6}"
+    size = f"B {row['B']}" if "B" in row else f"N {row['N']}"
+    setting = f"{row['case']:>6} {measured(row):<29} {row['dtype']:<8} {row['pass']:<22} {size:<8}"
     line = f"{setting} {row['implementation']:<44}"
     if row["status"] != "timed":
         return f"{line} {row['status']}: {row['message'].splitlines()[0]}"
-    line += f" {row['median_ms']:9.3f} ms"
+    line += f" {row['median_ms']:10.4f} ms"
     if "ratio_to_products" in row:
         return f"{line}  {row['ratio_to_products']:.3f} x bare products"
     return f"{line}  {row['gb_per_s']:.0f} GB/s, {row['share_of_copy']:.0%} of copy"

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from peers import NotInstalled
-from timing import ROUNDS, Budget, Sample, Stopwatch, summary
+from timing import ROUNDS, Budget, Burst, Sample, Stopwatch, summary
 from torch import Tensor
 
 from esr_kernels.logit_storage import LogitStorage
@@ -23,6 +23,8 @@ from esr_kernels.testing.oracle import Oracle, Results
 GATE_ROWS = 256
 # Relative error in norm above which another implementation computes something else, not the same inexactly.
 SOMETHING_ELSE = 0.5
+# Single calls of which the host's time is taken where samples are of several.
+EAGER_CALLS = 5
 
 # Names of the differentiable result of an op; their errors and those of the gradients are reported.
 VALUES = ("divergence", "logprobs")
@@ -64,6 +66,16 @@ class Gate(NamedTuple):
         check_results(self.compared(actual), oracle=Oracle(values, bounds), same_dtype=same_dtype)
 
 
+class Rewindable(Protocol):
+    """What calls of a candidate change and later calls depend on."""
+
+    def rewind(self) -> None:
+        """To where it was before the first call, without waiting for the device."""
+
+    def check(self, num_calls: int) -> None:
+        """Raises AssertionError where not each of so many calls since the last `rewind` has done its work."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One implementation in one setting. What `run` returns is what is timed; `results` names it for the gate."""
@@ -75,6 +87,7 @@ class Candidate:
     norm_limit: float | None = None  # in place of the error budget
     facts: dict = field(default_factory=dict)
     results: Callable[[object, Tensor | None], Results] = lambda raw, upstream: raw
+    state: Rewindable | None = None  # rewound before each sample, checked after the last
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,7 @@ class Group:
     counted_bytes: int
     counted_flop: int
     floor_ms: float | None = None  # of the bare matrix products
+    calls_per_sample: int | None = None  # timed as one; None: each call by itself
 
 
 def gate_rows(num_rows: int, device: torch.device) -> Tensor:
@@ -114,19 +128,55 @@ def measured_rows(group: Group, stopwatch: Stopwatch, budget: Budget) -> Iterato
         row, is_good = prepared_row(group, candidate, stopwatch)
         rows.append(row)
         is_timed.append(is_good)
-    calls = [partial(timed_call, candidate, group.upstream) for candidate in group.candidates]
     order = [i for i in range(len(rows)) if is_timed[i]]
+    timed = {i: Timed(group, group.candidates[i], rows[i], stopwatch) for i in order}
     samples: dict[int, list[Sample]] = {i: [] for i in order}
     repetitions = {}
     for i in order:
-        (warm,) = stopwatch.samples(calls[i], group.inputs, 1)  # after the three calls of prepared_row
+        (warm,) = timed[i].samples(1)  # after the three calls of prepared_row
         repetitions[i] = budget.repetitions(1e-3 * warm.device_ms, len(order))
     for turn in range(ROUNDS):
         for i in order if turn % 2 == 0 else reversed(order):
-            samples[i] += stopwatch.samples(calls[i], group.inputs, repetitions[i] // ROUNDS)
+            samples[i] += timed[i].samples(repetitions[i] // ROUNDS)
     for i in order:
-        rows[i] |= summary(samples[i])
+        rows[i] |= timed[i].summary(samples[i])
     yield from rows
+
+
+class Timed:
+    """A candidate while it is timed, call by call or, where the group says so, several calls as one sample."""
+
+    def __init__(self, group: Group, candidate: Candidate, row: dict, stopwatch: Stopwatch) -> None:
+        self.stopwatch, self.state, self.stalled = stopwatch, candidate.state, None
+        self.call, self.inputs = partial(timed_call, candidate, group.upstream), group.inputs
+        self.burst = None
+        if group.calls_per_sample is not None:
+            self.host_ms = min(sample.host_ms for sample in self.samples(EAGER_CALLS))
+            self.burst = Burst(
+                self.call, group.inputs, group.calls_per_sample, may_be_captured=row["host_syncs"] == 0
+            )  # on a CPU host_syncs is None
+            self.call, self.inputs = self.burst, [None]
+
+    def samples(self, count: int) -> list[Sample]:
+        """Of the burst, where there is one, else of single calls."""
+        if self.state is None:
+            return self.stopwatch.samples(self.call, self.inputs, count)
+        samples = self.stopwatch.samples(self.call, self.inputs, count, before=self.state.rewind)
+        try:
+            self.state.check(self.burst.num_calls if self.burst else 1)
+        except AssertionError as error:
+            self.stalled = str(error)
+        return samples
+
+    def summary(self, samples: list[Sample]) -> dict:
+        """Times per call, or the refusal of calls that did not do their work. The host's time is always that of a call."""
+        if self.stalled is not None:
+            return {"status": "refused", "message": f"timed calls: {self.stalled}"}
+        if self.burst is None:
+            return summary(samples)
+        num_calls = self.burst.num_calls
+        per_call = summary([Sample(device / num_calls, host / num_calls) for device, host in samples])
+        return per_call | {"host_ms": self.host_ms, "calls_per_sample": num_calls, "captured": self.burst.is_captured}
 
 
 def timed_call(candidate: Candidate, upstream: Tensor | None, inputs: Inputs) -> object:

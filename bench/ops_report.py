@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from comparison import VALUES, derived, largest_gradient_error
+from sampler_report import EXPLANATION, sampler_lines
 
 from esr_distill.complete_files import complete_file, write_text
 
@@ -34,7 +35,9 @@ SIZES = ("N", "V", "D", "T", "K")
 
 
 def measured(row: dict) -> str:
-    """The divergence, or the op where there is none."""
+    """The divergence or the sampler's setting, or the op where there is neither."""
+    if "sampler" in row:
+        return f"{row['sampler']}, {row['logits']}"
     return row.get("divergence") or row["op"]
 
 
@@ -98,11 +101,17 @@ def markdown(results: dict) -> str:
         "",
     ]
     for case in dict.fromkeys(row["case"] for row in results["rows"]):
-        rows = [table_row(row, ceilings["copy_gb_per_s"]) for row in results["rows"] if row["case"] == case]
-        lines += [f"## {case}", "", "| " + " | ".join(COLUMNS) + " |"]
+        rows = [row for row in results["rows"] if row["case"] == case]
+        lines += [f"## {case}", ""]
+        if "sampler" in rows[0]:
+            lines += [] if EXPLANATION in lines else [EXPLANATION, ""]
+            lines += sampler_lines(rows, ceilings["copy_gb_per_s"])
+            continue
+        lines += ["| " + " | ".join(COLUMNS) + " |"]
         lines += ["|" + " --- |" * 2 + " ---: |" * (len(COLUMNS) - 2)]
-        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows] + [""]
-        lines += horizon_lines([row for row in results["rows"] if row["case"] == case])
+        cells = [table_row(row, ceilings["copy_gb_per_s"]) for row in rows]
+        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in cells] + [""]
+        lines += horizon_lines(rows)
     lines += ["## Bare matrix products", "", "| product | ms |", "| --- | ---: |"]
     lines += [f"| {name} | {milliseconds:.3f} |" for name, milliseconds in ceilings["bare_products_ms"].items()]
     return "\n".join(lines) + "\n"

@@ -29,6 +29,12 @@ class Settings:
     tiles: tuple[tuple[int, int], ...]  # (block_vocab, num_warps)
     slice_ids: tuple[int, ...]
     projection_columns: tuple[int, ...]
+    batch_sizes: tuple[int, ...]  # of the sampler: C1, and in float32
+    float32_batch_sizes: tuple[int, ...]
+    filter_batch_sizes: tuple[int, ...]  # C2
+    extreme_batch_sizes: tuple[int, ...]  # C3
+    calls_per_sample: int
+    cached_logit_bytes: int  # up to this size one batch of logits is read again and again; larger ones take turns
 
     @property
     def vocab_size(self) -> int:
@@ -62,6 +68,12 @@ def full_settings() -> Settings:
         ),
         slice_ids=(4096, 8192, 16384, 32768, 65536, shape.vocab_size),
         projection_columns=(1024, 2048, 4096, 8192, 16384),
+        batch_sizes=(1, 8, 32, 64, 128, 256, 512),
+        float32_batch_sizes=(32, 512),
+        filter_batch_sizes=(32, 128, 512),
+        extreme_batch_sizes=(32, 512),
+        calls_per_sample=20,
+        cached_logit_bytes=25_000_000,
     )
 
 
@@ -88,4 +100,10 @@ def smoke_settings() -> Settings:
         tiles=((256, 2),),
         slice_ids=(128, 200),
         projection_columns=(128, 256),
+        batch_sizes=(1, 3),
+        float32_batch_sizes=(3,),
+        filter_batch_sizes=(3,),
+        extreme_batch_sizes=(2,),
+        calls_per_sample=1,
+        cached_logit_bytes=500,
     )

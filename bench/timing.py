@@ -1,7 +1,7 @@
 """How long a call takes on the device that runs it, and how often it may be repeated.
 
 On a CUDA device between two events around each call, on a CPU by the host's clock. Inputs rotate from call to call, so that
-no call finds its own inputs in the cache.
+no call finds its own inputs in the cache. Calls of a few microseconds are timed many at once (`Burst`).
 """
 
 import time
@@ -39,14 +39,25 @@ class Stopwatch:
         self.synchronize()
         return time.perf_counter() - start
 
-    def samples(self, call: Callable, inputs: Sequence, count: int) -> list[Sample]:
-        """`count` calls in a row, each on the next of `inputs`; the host does not wait in between."""
+    def samples(
+        self, call: Callable, inputs: Sequence, count: int, before: Callable[[], None] | None = None
+    ) -> list[Sample]:
+        """`count` calls in a row, each on the next of `inputs`; the host does not wait in between.
+
+        `before` is called ahead of each, outside of its time.
+        """
+        before = before or (lambda: None)
         if not self.is_cuda:
-            seconds = [self.seconds(lambda i=i: call(inputs[i % len(inputs)])) for i in range(count)]
-            return [Sample(1e3 * s, 1e3 * s) for s in seconds]
+            samples = []
+            for i in range(count):
+                before()
+                milliseconds = 1e3 * self.seconds(lambda i=i: call(inputs[i % len(inputs)]))
+                samples.append(Sample(milliseconds, milliseconds))
+            return samples
         events, host_ms = [], []
         self.synchronize()
         for i in range(count):
+            before()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin = time.perf_counter()
             start.record()
@@ -80,6 +91,42 @@ class Stopwatch:
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) - before,
             "host_syncs": sum("synchronizing" in str(warning.message) for warning in caught),
         }
+
+
+class Burst:
+    """Several calls on inputs in turn as one call, for what is shorter than the gap between two events.
+
+    They are captured in one CUDA graph if they may be and can be, else enqueued one after the other. Only what never makes
+    the host wait may be captured: a capture that fails may leave torch's random generator unusable.
+    """
+
+    def __init__(self, call: Callable, inputs: Sequence, num_calls: int, *, may_be_captured: bool) -> None:
+        self.call, self.inputs, self.num_calls = call, inputs, num_calls
+        self.graph = self._captured() if may_be_captured else None
+
+    @property
+    def is_captured(self) -> bool:
+        return self.graph is not None
+
+    def __call__(self, _: object = None) -> None:
+        if self.is_captured:
+            self.graph.replay()
+        else:
+            self._enqueue()
+
+    def _enqueue(self) -> None:
+        for i in range(self.num_calls):
+            self.call(self.inputs[i % len(self.inputs)])
+
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                self._enqueue()
+        except Exception:  # whatever it is, the calls can still be enqueued
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own stream behind
+            return None
+        return graph
 
 
 def summary(samples: Sequence[Sample]) -> dict:

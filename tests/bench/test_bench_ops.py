@@ -20,7 +20,11 @@ from esr_kernels.testing.inputs import make_logit_pair, make_upstream
 from esr_kernels.testing.oracle import evaluate_token_divergence
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL_CASES = ("K1", "L1", "B2", "L6", "B1", "L7", "L3", "L2", "L5", "K2", "K3", "B4", "L4", "tiles", "slices")
+ALL_CASES = (
+    *("K1", "L1", "B2", "C1", "C2", "L6", "B1", "L7", "L3", "L2", "L5", "C3", "K2", "K3", "B4", "L4"),
+    *("tiles", "slices"),
+)
+PEERS = ("TRL", "Liger", "verl", "FlashInfer", "vLLM")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def test_every_case_runs_and_every_gate_holds(smoke):
     assert smoke["is_finished"] and smoke["is_smoke"] and smoke["failed_groups"] == []
     assert tuple(dict.fromkeys(row["case"] for row in smoke["rows"])) == ALL_CASES
     for row in smoke["rows"]:
-        is_peer = row["implementation"].startswith(("TRL", "Liger", "verl"))
+        is_peer = row["implementation"].startswith(PEERS)
         assert row["status"] == "timed" or (is_peer and row["status"] == "not installed"), row
         if row["status"] == "timed":
             assert row["repetitions"] >= 2 and 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
@@ -81,6 +85,26 @@ def test_work_is_counted_as_by_hand(smoke):
     assert {row["counted_flop"] for row in rows_of(smoke, "L1")} == {2 * 400 * (16 + 24 + 16 + 16)}
     assert {row["counted_flop"] for row in rows_of(smoke, "L3")} == {2 * 400 * (16 + 24 + 16)}
     assert {row["counted_flop"] for row in rows_of(smoke, "L6")} == {2 * 400 * 3 * 16}
+
+
+def test_every_setting_of_the_sampler_is_measured(smoke):
+    # logits of 200 ids, 2 or 4 bytes each; more than 500 bytes of them take turns
+    assert {(row["B"], row["dtype"], row["counted_bytes"], row["inputs"]) for row in rows_of(smoke, "C1")} == {
+        (1, "float16", 400, 1),
+        (3, "float16", 1200, 2),
+        (3, "float32", 2400, 2),
+    }
+    usual = {"T 0.6, k 20, p 0.95", "T 1, p 0.9", "T 1, min_p 0.05", "T 1, k 50, p 0.9", "mixed rows"}
+    assert {row["sampler"] for row in rows_of(smoke, "C2", B=3, logits="LM-like")} == usual
+    extremes = [
+        (sampler, logits) for sampler in ("T 1", "T 1, k 20, p 0.95") for logits in ("LM-like", "flat", "one-hot")
+    ]
+    assert [(row["sampler"], row["logits"]) for row in rows_of(smoke, "C3", B=2, implementation="ours")] == extremes
+    for row in (row for case in ("C1", "C2", "C3") for row in rows_of(smoke, case)):
+        assert row["V"] == 200 and (row["is_ours"] <= row["has_logprobs"])
+        if row["status"] == "timed":
+            assert (row["calls_per_sample"], row["captured"]) == (1, False)
+            assert abs(row["errors"]["surprise"]) <= 6
 
 
 def test_work_of_a_prefix_is_that_of_its_rows(smoke):
