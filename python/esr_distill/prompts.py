@@ -35,11 +35,13 @@ class PromptBatch:
         prompt_ids_B_P: (B, P) int64.
         prompt_mask_B_P: (B, P) bool, True at prompt tokens.
         request_ids_B: (B,) int64, the number of each rollout in the run; with the seed it names the row's random stream.
+        samples_per_prompt: this many rows in a row hold the same prompt, so that it is read once.
     """
 
     prompt_ids_B_P: Tensor
     prompt_mask_B_P: Tensor
     request_ids_B: Tensor
+    samples_per_prompt: int = 1
 
 
 @dataclass(frozen=True)

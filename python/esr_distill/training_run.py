@@ -15,7 +15,7 @@ from esr_distill.hidden_states import check_output_head
 from esr_distill.learning_rate import learning_rate_factor
 from esr_distill.models import StopIds, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptSet, read_prompt_file, tokenize_prompts
-from esr_distill.rollout import choose_sampler_impl
+from esr_distill.rollout.inprocess import choose_sampler_impl
 from esr_kernels import Divergence, Impl
 
 

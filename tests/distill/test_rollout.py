@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import BOS, EOS, PAD, VOCAB_SIZE, make_model, make_prompt_batch
-from transformers import Gemma2Config, LlamaConfig, Qwen3Config
+from transformers import DynamicCache, Gemma2Config, LlamaConfig, Qwen3Config
 
-from esr_distill.rollout import GREEDY, RolloutBatch, SamplerSettings, generate, generate_rollouts
+from esr_distill.rollout import GREEDY, InProcessBackend, RolloutBatch, SamplerSettings, generate_rollouts
 
 RAGGED = [[BOS, 5, 13, 7, 14, 9, 15], [BOS, 4], [BOS], [BOS, 8, 8, 13, 3, 15], [BOS, 12, 14, 11, 15]]
 PLAIN = SamplerSettings()
@@ -27,19 +27,36 @@ def responses(rollouts: RolloutBatch) -> list[list[int]]:
 
 
 class ScriptedModel(torch.nn.Module):
-    """Writes script[row] token by token and goes on with token 7; keeps the input of every call."""
+    """Writes script[row] token by token and goes on with token 7; keeps the input of every call, its mask as columns seen.
+
+    Its cache holds the number of the row, so that a row is known wherever it has been moved to.
+    """
 
     def __init__(self, script: list[list[int]]) -> None:
         super().__init__()
         self.script, self.calls = script, []
+        self.config = LlamaConfig(vocab_size=VOCAB_SIZE)
+        self.config._attn_implementation = "sdpa"
+        self.embedding = torch.nn.Embedding(VOCAB_SIZE, 4)
+        self.get_input_embeddings = self.get_output_embeddings = lambda: self.embedding
 
-    def forward(self, input_ids, attention_mask, position_ids, **_):
-        self.calls.append((input_ids.tolist(), attention_mask.tolist(), position_ids.tolist()))
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, **_):
+        step = len(self.calls)
+        seen = attention_mask if attention_mask.ndim == 2 else attention_mask[:, 0, -1].long()
+        self.calls.append((input_ids.tolist(), seen.tolist(), position_ids.tolist()))
+        rows = torch.arange(len(input_ids), dtype=torch.float32)
+        if past_key_values is None:
+            past_key_values = DynamicCache()
+        else:
+            rows = past_key_values.layers[0].keys[:, 0, self.prompt_width - 1, 0].clone()
+        self.prompt_width = input_ids.shape[1] if step == 0 else self.prompt_width
+        keys = rows[:, None, None, None].expand(-1, 1, input_ids.shape[1], 1)
+        past_key_values.update(keys, keys, 0)
         logits = torch.zeros(*input_ids.shape, VOCAB_SIZE)
-        for row, tokens in enumerate(self.script):
-            step = len(self.calls) - 1
-            logits[row, -1, tokens[step] if step < len(tokens) else 7] = 50.0
-        return SimpleNamespace(logits=logits, past_key_values=None)
+        for place, row in enumerate(rows.long()):
+            tokens = self.script[row]
+            logits[place, -1, tokens[step] if step < len(tokens) else 7] = 50.0
+        return SimpleNamespace(logits=logits, past_key_values=past_key_values)
 
 
 # Script, EOS ids, pad id, horizon; then responses, which rows stopped by EOS, and the number of model calls.
@@ -85,13 +102,12 @@ def test_stops_by_hand(name):
         assert rollouts.sampling_logprobs_B_K[row, len(response) :].tolist() == [0.0] * after
 
 
-@pytest.mark.parametrize(("poll_every", "calls"), [(1, 3), (2, 4), (4, 4), (16, 10)])
-def test_asking_less_often_whether_all_rows_have_ended_changes_nothing(monkeypatch, poll_every, calls):
-    """As on a GPU: the model runs on with finished rows, and nothing of that is kept."""
-    monkeypatch.setattr(generate, "STEPS_BETWEEN_POLLS", {"cpu": poll_every})
+def test_running_on_with_finished_rows_changes_nothing():
+    """As on a GPU, which is not asked in every step: the model runs to the end of the segment, and nothing of that is kept."""
     model = ScriptedModel([[5, 6, EOS], [EOS]])
-    rollouts = roll_out(model, [[BOS, 4, 5], [BOS]], sampler=GREEDY)
-    assert len(model.calls) == calls
+    backend = InProcessBackend(capture=lambda step, pool: step)
+    rollouts = roll_out(model, [[BOS, 4, 5], [BOS]], sampler=GREEDY, backend=backend)
+    assert len(model.calls) == 10
     assert responses(rollouts) == [[5, 6, EOS], [EOS]]
     assert rollouts.token_ids_B_T.shape == (2, 6)
     assert rollouts.stopped_by_eos_B.tolist() == [True, True]
