@@ -100,23 +100,44 @@ class RolloutConfig:
 
     Args:
         horizon: Response tokens after which a rollout stops (EOS stops it earlier). ESR is a short horizon.
-        batch_size: Rollouts in a step, one for each prompt.
+        batch_size: Rollouts in a step.
+        samples_per_prompt: Rollouts for each prompt, which is read once for all of them; batch_size is a multiple of it.
         sampling_temperature: Temperature of sampling; 0 is greedy.
         top_k: Keep only the k most probable tokens; 0 is off.
         top_p: Keep the smallest set of tokens whose probability reaches top_p; 1 is off.
         min_p: Drop tokens less probable than min_p times the most probable one; 0 is off.
+        backend: Who draws; inprocess decodes with the trainer's own weights, hf_generate is transformers' generate.
+        cuda_graphs: On a CUDA device, capture a decode step and replay it; false launches every kernel of every step.
+        compile_step: Pass the decode step of inprocess through torch.compile, which takes its time in the first rollout.
     """
 
     horizon: int = 100
     batch_size: int = 16
+    samples_per_prompt: int = 1
     sampling_temperature: float = 0.7
     top_k: int = 0
     top_p: float = 0.95
     min_p: float = 0.0
+    backend: Literal["inprocess", "hf_generate"] = "inprocess"
+    cuda_graphs: bool = True
+    compile_step: bool = False
 
     def __post_init__(self) -> None:
         _require(self.horizon >= 1, "rollout.horizon", ">= 1", self.horizon)
         _require(self.batch_size >= 1, "rollout.batch_size", ">= 1", self.batch_size)
+        samples, batch_size = self.samples_per_prompt, self.batch_size
+        divides = samples >= 1 and batch_size % samples == 0
+        _require(divides, "rollout.samples_per_prompt", f">= 1 and a divisor of batch_size {batch_size}", samples)
+        is_inprocess = self.backend == "inprocess"
+        _require(
+            is_inprocess or self.cuda_graphs, "rollout.cuda_graphs", "true unless rollout.backend is inprocess", False
+        )
+        _require(
+            is_inprocess or not self.compile_step,
+            "rollout.compile_step",
+            "false unless rollout.backend is inprocess",
+            True,
+        )
         _require(self.sampling_temperature >= 0, "rollout.sampling_temperature", ">= 0", self.sampling_temperature)
         _require(self.top_k >= 0, "rollout.top_k", ">= 0", self.top_k)
         _require(0 <= self.top_p <= 1, "rollout.top_p", "in [0, 1]", self.top_p)
@@ -277,6 +298,7 @@ class EvalConfig:
         max_tokens: Response tokens after which a reply counts as cut.
         batch_size: Problems answered at a time.
         limit: Use only the first this many problems.
+        backend: Who draws; inprocess decodes by itself, hf_generate is transformers' generate.
         output: JSON file for the result; unset only prints it.
     """
 
@@ -291,6 +313,7 @@ class EvalConfig:
     max_tokens: int = 512
     batch_size: int = 32
     limit: int | None = None
+    backend: Literal["inprocess", "hf_generate"] = "inprocess"
     output: str | None = None
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from esr_distill.input_error import InputError
 from esr_distill.models import StopIds
 from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.prompts import PromptRecord, PromptSet, pad_prompts, tokenize_prompts
-from esr_distill.rollout import RolloutBatch, generate_rollouts
+from esr_distill.rollout import InProcessBackend, RolloutBackend, RolloutBatch, generate_rollouts
 from esr_distill.sampler_settings import GREEDY, SamplerSettings
 from esr_distill.scorers import expected_answer, is_correct
 from esr_kernels import Divergence, ReverseKL, linear_divergence
@@ -60,6 +60,7 @@ class Evaluation:
     tokenizer: PreTrainedTokenizerBase
     settings: EvaluationConfig
     stop: StopIds
+    rollouts: RolloutBackend
 
     @classmethod
     def prepare(
@@ -72,11 +73,12 @@ class Evaluation:
         stop: StopIds,
         model: PreTrainedModel,
         device: torch.device,
+        rollouts: RolloutBackend | None = None,
         group: str = "evaluation.",
     ) -> "Evaluation":
         """Tokenise the problems; each must have an answer and fit into the model's context with its reply.
 
-        `group` stands before the names of options in messages.
+        `rollouts` draws the replies, `InProcessBackend` by default; `group` stands before the names of options in messages.
         """
         option = f"{group}prompts"
         records = records[: settings.limit]
@@ -91,7 +93,7 @@ class Evaluation:
         problems = tokenize_prompts(records, tokenizer, data, pad_id=stop.pad_id, device=device, option=option)
         limit, source = preflight.prompt_limit(None, settings.max_tokens, f"{group}max_tokens", model)
         preflight.fit_prompts(problems, limit=limit, limit_source=source, long_prompts="error", option=option)
-        return cls(problems, tokenizer, settings, stop)
+        return cls(problems, tokenizer, settings, stop, rollouts or InProcessBackend())
 
     def accuracy(self, model: PreTrainedModel, console: Console | None = None) -> Accuracy:
         """Answer every problem greedily and score the replies; shows progress on `console` if one is given."""
@@ -134,7 +136,7 @@ class Evaluation:
     def batches(
         self, model: PreTrainedModel, sampler: SamplerSettings, seed: int, console: Console | None = None
     ) -> Iterator[RolloutBatch]:
-        """Rollouts of all problems in order, at most `settings.batch_size` at a time."""
+        """Rollouts of all problems in order, at most `settings.batch_size` at a time; then the backend's memory is free."""
         starts = range(0, len(self.problems.token_ids), self.settings.batch_size)
         if console is not None:
             starts = track(starts, "evaluating", console=console, transient=True)
@@ -148,7 +150,9 @@ class Evaluation:
                 eos_ids=self.stop.eos_ids,
                 pad_id=self.stop.pad_id,
                 seed=seed,
+                backend=self.rollouts,
             )
+        self.rollouts.release()
 
 
 def decode_replies(rollouts: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> list[Reply]:

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from esr_distill.complete_files import write_json
-from esr_distill.config import EvalConfig
+from esr_distill.config import EvalConfig, RolloutConfig
 from esr_distill.evaluate import Evaluation
 from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.progress import make_console
 from esr_distill.prompts import read_prompt_file
+from esr_distill.rollout.choose_backend import make_backend
 
 
 def evaluate_model(config: EvalConfig) -> int:
@@ -27,6 +28,7 @@ def evaluate_model(config: EvalConfig) -> int:
         stop=find_stop_ids(tokenizer, model),
         model=model,
         device=device,
+        rollouts=make_backend(RolloutConfig(backend=config.backend)),
         group="",
     )
     result = evaluation.accuracy(model, console)

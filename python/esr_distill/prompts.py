@@ -5,7 +5,7 @@ import hashlib
 import json
 import lzma
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -153,15 +153,20 @@ def _prompt_ids(record: PromptRecord, tokenizer: PreTrainedTokenizerBase, data: 
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def next_prompt_batch(prompts: PromptSet, batch_size: int, step: int, seed: int) -> PromptBatch:
+def next_prompt_batch(
+    prompts: PromptSet, batch_size: int, step: int, seed: int, samples_per_prompt: int = 1
+) -> PromptBatch:
     """The batch of training step `step` (0-based). A function of its arguments alone, so resuming needs no saved state.
 
-    Every epoch is a permutation of the file drawn from (seed, epoch); a batch may cross from one epoch to the next.
+    Every epoch is a permutation of the file drawn from (seed, epoch); a batch may cross from one epoch to the next. Each prompt
+    fills `samples_per_prompt` rows, which are requests of their own.
     """
     request_ids = range(step * batch_size, (step + 1) * batch_size)
     count = len(prompts.token_ids)
-    orders = {epoch: _epoch_order(count, seed, epoch) for epoch in {i // count for i in request_ids}}
-    return pad_prompts(prompts, [orders[i // count][i % count] for i in request_ids], list(request_ids))
+    turns = [i // samples_per_prompt for i in request_ids]
+    orders = {epoch: _epoch_order(count, seed, epoch) for epoch in {i // count for i in turns}}
+    batch = pad_prompts(prompts, [orders[i // count][i % count] for i in turns], list(request_ids))
+    return replace(batch, samples_per_prompt=samples_per_prompt)
 
 
 def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:

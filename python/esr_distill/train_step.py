@@ -15,7 +15,8 @@ from esr_kernels import linear_divergence
 def train_step(run: TrainingRun, step: int) -> dict:
     """Update the student once; returns the step's metrics. The same (run, step) always draws the same rollouts."""
     config, clock = run.config, StageClock(run.device)
-    prompts = next_prompt_batch(run.prompts, config.rollout.batch_size, step, config.run.seed)
+    samples = config.rollout.samples_per_prompt
+    prompts = next_prompt_batch(run.prompts, config.rollout.batch_size, step, config.run.seed, samples)
 
     with clock("rollout"), run.autocast():
         rollouts = generate_rollouts(
@@ -27,6 +28,7 @@ def train_step(run: TrainingRun, step: int) -> dict:
             pad_id=run.stop.pad_id,
             seed=config.run.seed,
             vocab_size=config.loss.vocab_size,
+            backend=run.rollouts,
         )
     with clock("student_forward"), run.autocast():
         student_hidden_B_T_D = last_hidden_states(run.student, rollouts)

@@ -15,7 +15,8 @@ from esr_distill.hidden_states import check_output_head
 from esr_distill.learning_rate import learning_rate_factor
 from esr_distill.models import StopIds, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptSet, read_prompt_file, tokenize_prompts
-from esr_distill.rollout.inprocess import choose_sampler_impl
+from esr_distill.rollout import RolloutBackend
+from esr_distill.rollout.choose_backend import make_backend
 from esr_kernels import Divergence, Impl
 
 
@@ -32,6 +33,7 @@ class TrainingRun:
     prompts: PromptSet
     divergence: Divergence
     divergence_impl: Impl
+    rollouts: RolloutBackend
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     evaluation: Evaluation | None
@@ -99,7 +101,14 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     evaluation = None
     if evaluation_records is not None:
         evaluation = Evaluation.prepare(
-            evaluation_records, tokenizer, config.data, config.evaluation, stop=stop, model=student, device=device
+            evaluation_records,
+            tokenizer,
+            config.data,
+            config.evaluation,
+            stop=stop,
+            model=student,
+            device=device,
+            rollouts=make_backend(config.rollout),
         )
     optimizer, scheduler = make_optimizer(student, config.optimizer, config.run.steps)
     console.print(
@@ -109,13 +118,23 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     )
     impl = choose_impl(device)
     why = "Triton kernels" if impl is Impl.FUSED else "plain PyTorch: the kernels need a CUDA device"
-    sampler_impl = choose_sampler_impl(device)
-    how = (
-        "native" if sampler_impl is Impl.FUSED else f"plain PyTorch: the native sampler is not built for {device.type}"
-    )
-    console.print(f"divergence: {impl.value} ({why}); sampler: {sampler_impl.value} ({how})")
+    console.print(f"divergence: {impl.value} ({why})")
+    rollouts = make_backend(config.rollout, console)
+    console.print(rollouts.describe(student))
     return TrainingRun(
-        config, device, student, teacher, tokenizer, stop, prompts, divergence, impl, optimizer, scheduler, evaluation
+        config,
+        device,
+        student,
+        teacher,
+        tokenizer,
+        stop,
+        prompts,
+        divergence,
+        impl,
+        rollouts,
+        optimizer,
+        scheduler,
+        evaluation,
     )
 
 

@@ -66,6 +66,19 @@ def test_an_option_that_nothing_reads_is_found(tmp_path):
     [
         (lambda: RolloutConfig(horizon=0), r"rollout\.horizon must be >= 1, got 0"),
         (lambda: RolloutConfig(batch_size=0), r"rollout\.batch_size must be >= 1, got 0"),
+        (
+            lambda: RolloutConfig(batch_size=6, samples_per_prompt=4),
+            r"rollout\.samples_per_prompt must be >= 1 and a divisor of batch_size 6, got 4",
+        ),
+        (lambda: RolloutConfig(samples_per_prompt=0), r"rollout\.samples_per_prompt must be >= 1 .*, got 0"),
+        (
+            lambda: RolloutConfig(backend="hf_generate", cuda_graphs=False),
+            r"rollout\.cuda_graphs must be true unless rollout\.backend is inprocess, got False",
+        ),
+        (
+            lambda: RolloutConfig(backend="hf_generate", compile_step=True),
+            r"rollout\.compile_step must be false unless rollout\.backend is inprocess, got True",
+        ),
         (lambda: RolloutConfig(sampling_temperature=-1.0), r"sampling_temperature must be >= 0, got -1\.0"),
         (lambda: RolloutConfig(top_p=1.5), r"top_p must be in \[0, 1\], got 1\.5"),
         (lambda: ModelConfig(teacher="t"), r"model\.student must be a hub id or a local folder, got ''"),

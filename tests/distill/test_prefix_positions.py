@@ -5,7 +5,7 @@ import torch
 from tiny_models import EOS, PAD, make_prompt_batch, make_rollouts
 
 from esr_distill.prefix_positions import gather_rows, select_prefix_positions
-from esr_distill.rollout.generate import collect_rollouts
+from esr_distill.rollout.inprocess import collect_rollouts
 from esr_kernels import Impl, SamplerState, sample_tokens
 
 # Prompts, responses, prefix_tokens, pad id, and the expected (row, column, slot, token): the hidden state at column

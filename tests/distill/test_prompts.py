@@ -253,3 +253,13 @@ def test_request_ids_number_the_rollouts_of_the_run():
     prompts = make_set(3)
     ids = [next_prompt_batch(prompts, 4, step, 0).request_ids_B.tolist() for step in range(3)]
     assert ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_samples_of_a_prompt_stand_together_and_are_requests_of_their_own():
+    prompts = make_set(6)
+    shared = [next_prompt_batch(prompts, 6, step, 0, samples_per_prompt=3) for step in range(3)]
+    single = [next_prompt_batch(prompts, 2, step, 0) for step in range(3)]
+    for batch, plain in zip(shared, single, strict=True):
+        assert batch.samples_per_prompt == 3 and plain.samples_per_prompt == 1
+        assert torch.equal(batch.prompt_ids_B_P, plain.prompt_ids_B_P.repeat_interleave(3, dim=0))
+    assert torch.cat([batch.request_ids_B for batch in shared]).tolist() == list(range(18))

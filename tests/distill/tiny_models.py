@@ -70,13 +70,16 @@ def write_prompts(path: Path, count: int = 8, with_answers: bool = True, texts: 
     return texts
 
 
-def make_prompt_batch(rows: list[list[int]], request_ids: list[int] | None = None, pad_id: int = PAD) -> PromptBatch:
+def make_prompt_batch(
+    rows: list[list[int]], request_ids: list[int] | None = None, pad_id: int = PAD, samples_per_prompt: int = 1
+) -> PromptBatch:
     """Left-padded prompts, written out here so that nothing depends on the code that pads in the loop."""
     width = max(map(len, rows))
     return PromptBatch(
         prompt_ids_B_P=torch.tensor([[pad_id] * (width - len(row)) + row for row in rows]),
         prompt_mask_B_P=torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows]),
         request_ids_B=torch.tensor(list(range(len(rows))) if request_ids is None else request_ids),
+        samples_per_prompt=samples_per_prompt,
     )
 
 

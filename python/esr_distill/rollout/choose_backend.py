@@ -1,0 +1,17 @@
+"""The backend that `rollout.backend` names."""
+
+from rich.console import Console
+
+from esr_distill.config import RolloutConfig
+from esr_distill.rollout.backend import RolloutBackend
+from esr_distill.rollout.hf_generate import HFGenerateBackend
+from esr_distill.rollout.inprocess import InProcessBackend
+
+
+def make_backend(config: RolloutConfig, console: Console | None = None) -> RolloutBackend:
+    """A backend that holds nothing yet. `console` is where it reports steps that it captures."""
+    if config.backend == "hf_generate":
+        return HFGenerateBackend()
+    return InProcessBackend(
+        use_graphs=config.cuda_graphs, compile_backend="inductor" if config.compile_step else None, console=console
+    )
