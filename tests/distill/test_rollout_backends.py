@@ -122,7 +122,7 @@ def test_with_graphs_batch_sizes_are_halves():
     roll_out(model, sampler=SAMPLED, horizon=60, backend=backend)
     captured = re.findall(r"captured for (\d+) rows and (\d+) columns", console.file.getvalue())
     assert {rows for rows, _ in captured} <= {"8", "4", "2", "1"} and len({rows for rows, _ in captured}) > 1
-    assert captured[0] == ("8", "67")  # prompts end at column 64, and a segment has 3 tokens
+    assert captured[0] == ("8", "72")  # prompts end at column 64, a segment has 3 tokens, masks are padded to 8
 
 
 @pytest.mark.parametrize("samples", [2, 4])
@@ -174,12 +174,23 @@ def test_a_backend_is_used_again_with_other_prompts_weights_and_batch_sizes():
 def test_released_memory_is_taken_again():
     model, backend = make_model(2), InProcessBackend(capture=replayed)
     first = roll_out(model, backend=backend)
-    assert (
-        backend.cache.num_bytes == 2 * 2 * 8 * 2 * (64 + 11) * 8 * 4
-    )  # layers, k and v, rows, heads, columns, size, bytes
+    assert backend.cache.num_bytes == 2 * 2 * 8 * 2 * 80 * 8 * 4  # layers, k and v, rows, heads, columns, size, bytes
     backend.release()
     assert backend.cache is None and not backend.steps and not backend.rows
     assert_same_rollouts(roll_out(model, backend=backend), first)
+
+
+def test_nan_of_one_rollout_does_not_reach_the_next():
+    model, backend = make_model(2), InProcessBackend(capture=replayed)
+    expected = roll_out(model, backend=backend)
+    with torch.no_grad():
+        before = model.model.layers[0].self_attn.v_proj.weight.clone()
+        model.model.layers[0].self_attn.v_proj.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError):
+        roll_out(model, backend=backend, horizon=30, eos_ids=())
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.copy_(before)
+    assert_same_rollouts(roll_out(model, backend=backend), expected)
 
 
 def test_adapters_are_live():
@@ -191,12 +202,14 @@ def test_adapters_are_live():
     )
     torch.manual_seed(0)
     tuned = get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    backend = InProcessBackend(capture=replayed)
+    console = Console(file=StringIO(), width=200)
+    backend = InProcessBackend(capture=replayed, console=console)
     with_adapter = roll_out(tuned, sampler=SAMPLED, backend=backend)
     assert tuned.training
     with tuned.disable_adapter():
         assert_same_rollouts(roll_out(tuned, sampler=SAMPLED, backend=backend), plain)
     assert_same_rollouts(roll_out(tuned, sampler=SAMPLED, backend=backend), with_adapter)
+    assert console.file.getvalue().count("step captured") == 3  # a graph has the adapter's kernels in it or not
     merged = tuned.merge_and_unload()
     assert_same_rollouts(roll_out(merged, sampler=SAMPLED), with_adapter, atol=1e-4)
     assert not torch.equal(with_adapter.token_ids_B_T, plain.token_ids_B_T)

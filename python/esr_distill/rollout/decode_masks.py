@@ -13,16 +13,22 @@ Masks = dict[str, Tensor]  # by kind of layer: (B, 1, steps, columns), of bool o
 
 
 def make_decode_masks(
-    model: PreTrainedModel, prompt_mask_B_C: Tensor, cache: RolloutCache, num_steps: int, visible: int
+    model: PreTrainedModel,
+    prompt_mask_B_C: Tensor,
+    cache: RolloutCache,
+    *,
+    first_column: int,
+    num_steps: int,
+    visible: int,
 ) -> Masks:
-    """What `num_steps` tokens see that end in column `visible` - 1, as transformers masks them for this model.
+    """What the tokens in `num_steps` columns see of the first `visible` columns, as transformers masks them for this model.
 
     `prompt_mask_B_C` says which of the first C columns hold a prompt token; all later ones are seen up to the token's own.
     """
     batch_size, num_prompt_columns = prompt_mask_B_C.shape
     seen_B_C = torch.nn.functional.pad(prompt_mask_B_C, (0, visible - num_prompt_columns), value=True)
     embedding = model.get_input_embeddings().weight
-    cache.show(visible, first_query=visible - num_steps)
+    cache.show(visible, first_query=first_column)
     create = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     made = create(
         config=model.config,
@@ -39,7 +45,7 @@ def make_decode_masks(
                 f"rollout.backend inprocess needs masks (rows, 1, steps, columns) from {type(model).__name__}, got {got}; set "
                 "rollout.backend to hf_generate"
             )
-    return masks
+    return {name: mask.contiguous() for name, mask in masks.items()}  # not expanded: they are written to
 
 
 def mask_of_step(masks: Masks, step_1: Tensor, visible: int) -> Tensor | dict[str, Tensor]:

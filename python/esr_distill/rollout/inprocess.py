@@ -91,6 +91,7 @@ class InProcessBackend:
         with eval_mode(model):
             state = self._decode(model, prompts, request)
         if state.invalid_B.any():
+            self.release()  # NaN in a masked column would reach later rollouts
             raise FloatingPointError(
                 f"rollout: the logits must be finite, got NaN or infinity in {int(state.invalid_B.sum())} rows"
             )
@@ -109,7 +110,7 @@ class InProcessBackend:
         column = -(-width // PROMPT_COLUMNS) * PROMPT_COLUMNS if self._has_graphs(device) else width
         prompt_mask_B_C = torch.nn.functional.pad(prompts.prompt_mask_B_P, (column - width, 0), value=False)
         with decode_attention_of(model):
-            self._prepare(model, prefilled, batch_size, column + request.horizon - 1, request)
+            self._prepare(model, prefilled, batch_size, padded_columns(column + request.horizon - 1), request)
             self.cache.fill(prefilled, column, num_samples)
             del prefilled
             order_B, state = torch.arange(batch_size, device=device), whole
@@ -146,7 +147,7 @@ class InProcessBackend:
         return (
             torch.arange(num_rows, device=order_B.device)
             if count == num_rows
-            else state.finished_B.argsort(stable=True)[:count]
+            else state.finished_B.byte().argsort(stable=True)[:count]
         )
 
     def _prepare(
@@ -199,9 +200,12 @@ class InProcessBackend:
         impl: Impl,
     ) -> None:
         """`num_steps` tokens, the first of which is written to `column`; fewer where all rows finish."""
-        visible = column + num_steps
-        masks = make_decode_masks(model, prompt_mask_B_C, rows.cache, num_steps, visible)
-        if not self._has_graphs(prompt_mask_B_C.device):
+        has_graphs = self._has_graphs(prompt_mask_B_C.device)
+        visible = padded_columns(column + num_steps) if has_graphs else column + num_steps
+        masks = make_decode_masks(
+            model, prompt_mask_B_C, rows.cache, first_column=column, num_steps=num_steps, visible=visible
+        )
+        if not has_graphs:
             step = DecodeStep(self._forward(model), rows, masks, visible, vocab_size=request.vocab_size, impl=impl)
             step.start(masks, column)
             self._run_eagerly(step, column, num_steps)
@@ -245,6 +249,11 @@ class InProcessBackend:
         if self.compiled is None or self.compiled[0] is not model:
             self.compiled = model, torch.compile(model, backend=self.compile_backend)
         return self.compiled[1]
+
+
+def padded_columns(count: int) -> int:
+    """Masks whose rows are whole vectors spare attention a copy of them."""
+    return -(-count // 8) * 8
 
 
 def prefill(model: PreTrainedModel, prompts: PromptBatch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
