@@ -108,6 +108,7 @@ class RolloutConfig:
         min_p: Drop tokens less probable than min_p times the most probable one; 0 is off.
         backend: Who draws; inprocess decodes with the trainer's own weights, hf_generate is transformers' generate.
         cuda_graphs: On a CUDA device, capture a decode step and replay it; false launches every kernel of every step.
+        overlap_teacher: Let the teacher read the prompts while rollouts are drawn, on a CUDA device in a stream of its own.
         compile_step: Pass the decode step of inprocess through torch.compile, which takes its time in the first rollout.
     """
 
@@ -120,6 +121,7 @@ class RolloutConfig:
     min_p: float = 0.0
     backend: Literal["inprocess", "hf_generate"] = "inprocess"
     cuda_graphs: bool = True
+    overlap_teacher: bool = False
     compile_step: bool = False
 
     def __post_init__(self) -> None:

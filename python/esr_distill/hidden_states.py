@@ -8,12 +8,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esr_distill.input_error import InputError
+from esr_distill.prompt_prefill import PromptPrefill
 from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_kernels import OutputHead
 
 
-def last_hidden_states(model: PreTrainedModel, rollouts: RolloutBatch) -> Tensor:
-    """(B, T, hidden): what the model's own output head would be given, for prompt and response."""
+def last_hidden_states(model: PreTrainedModel, rollouts: RolloutBatch, prefill: PromptPrefill | None = None) -> Tensor:
+    """(B, T, hidden): what the model's own output head would be given, for prompt and response.
+
+    With a `prefill` of the prompts only the responses are still to be read.
+    """
+    if prefill is not None:
+        return prefill.hidden_states(model, rollouts)
     output = model.base_model(
         input_ids=rollouts.token_ids_B_T,
         attention_mask=rollouts.attention_mask_B_T,

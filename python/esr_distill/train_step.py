@@ -6,8 +6,8 @@ from esr_distill.distill_loss import normalize_divergence
 from esr_distill.hidden_states import last_hidden_states, output_head
 from esr_distill.metrics import StageClock, check_finite, step_metrics
 from esr_distill.prefix_positions import gather_rows, select_prefix_positions
+from esr_distill.prompt_prefill import PromptPrefill
 from esr_distill.prompts import next_prompt_batch
-from esr_distill.rollout import generate_rollouts
 from esr_distill.training_run import TrainingRun
 from esr_kernels import linear_divergence
 
@@ -18,22 +18,15 @@ def train_step(run: TrainingRun, step: int) -> dict:
     samples = config.rollout.samples_per_prompt
     prompts = next_prompt_batch(run.prompts, config.rollout.batch_size, step, config.run.seed, samples)
 
+    prefill = None
+    if config.rollout.overlap_teacher:
+        prefill = PromptPrefill.start(run.teacher, prompts, run.teacher_stream)
     with clock("rollout"), run.autocast():
-        rollouts = generate_rollouts(
-            run.student,
-            prompts,
-            horizon=config.rollout.horizon,
-            sampler=config.rollout.sampler,
-            eos_ids=run.stop.eos_ids,
-            pad_id=run.stop.pad_id,
-            seed=config.run.seed,
-            vocab_size=config.loss.vocab_size,
-            backend=run.rollouts,
-        )
+        rollouts = run.rollouts.generate(run.student, prompts, run.rollout_request)
     with clock("student_forward"), run.autocast():
         student_hidden_B_T_D = last_hidden_states(run.student, rollouts)
     with clock("teacher_forward"), torch.no_grad():
-        teacher_hidden_B_T_E = last_hidden_states(run.teacher, rollouts)
+        teacher_hidden_B_T_E = last_hidden_states(run.teacher, rollouts, prefill)
 
     positions = select_prefix_positions(rollouts, config.trained_tokens)
     with clock("divergence"):

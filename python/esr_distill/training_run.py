@@ -15,7 +15,7 @@ from esr_distill.hidden_states import check_output_head
 from esr_distill.learning_rate import learning_rate_factor
 from esr_distill.models import StopIds, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptSet, read_prompt_file, tokenize_prompts
-from esr_distill.rollout import RolloutBackend
+from esr_distill.rollout import RolloutBackend, RolloutRequest
 from esr_distill.rollout.choose_backend import make_backend
 from esr_kernels import Divergence, Impl
 
@@ -34,6 +34,8 @@ class TrainingRun:
     divergence: Divergence
     divergence_impl: Impl
     rollouts: RolloutBackend
+    rollout_request: RolloutRequest
+    teacher_stream: torch.cuda.Stream | None
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     evaluation: Evaluation | None
@@ -121,6 +123,14 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     console.print(f"divergence: {impl.value} ({why})")
     rollouts = make_backend(config.rollout, console)
     console.print(rollouts.describe(student))
+    request = RolloutRequest(
+        config.rollout.horizon,
+        config.rollout.sampler,
+        stop.eos_ids,
+        stop.pad_id,
+        config.run.seed,
+        config.loss.vocab_size,
+    )
     return TrainingRun(
         config,
         device,
@@ -132,6 +142,8 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
         divergence,
         impl,
         rollouts,
+        request,
+        torch.cuda.Stream(device) if config.rollout.overlap_teacher and device.type == "cuda" else None,
         optimizer,
         scheduler,
         evaluation,

@@ -32,7 +32,7 @@ from esr_distill.demo.chain_sum import make_problems
 from esr_distill.distill_loss import choose_impl
 from esr_distill.input_error import InputError
 from esr_distill.metrics import read_metrics
-from esr_distill.rollout import generate_rollouts
+from esr_distill.rollout import InProcessBackend
 from esr_distill.train import train
 from esr_kernels import Impl
 
@@ -75,16 +75,22 @@ def interrupt_after(step: int, monkeypatch) -> None:
     monkeypatch.setattr(train_module, "train_step", interrupted_step)
 
 
+def record_rollouts(monkeypatch, seen: list) -> None:
+    draw = InProcessBackend.generate
+
+    def recording(*arguments):
+        seen.append(draw(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(InProcessBackend, "generate", recording)
+
+
 def test_the_embedded_pair_learns_and_respects_the_horizon(tmp_path, console, monkeypatch):
     problems = make_problems("rewrite", 32, 0, 7, 7)
     write_prompts(tmp_path / "prompts.jsonl", texts=[problem.prompt for problem in problems])
     rollouts_seen = []
 
-    def recording(*arguments, **options):
-        rollouts_seen.append(generate_rollouts(*arguments, **options))
-        return rollouts_seen[-1]
-
-    monkeypatch.setattr("esr_distill.train_step.generate_rollouts", recording)
+    record_rollouts(monkeypatch, rollouts_seen)
     config = TrainConfig(
         model=ModelConfig(str(MODELS / "rewrite" / "student"), str(MODELS / "rewrite" / "teacher"), device="cpu"),
         data=DataConfig(str(tmp_path / "prompts.jsonl"), chat_template=False),
@@ -224,11 +230,7 @@ def test_a_padded_teacher_head_is_cut_and_surplus_ids_are_never_drawn(tmp_path, 
         train(config, console)
     seen = []
 
-    def recording(*arguments, **options):
-        seen.append(generate_rollouts(*arguments, **options))
-        return seen[-1]
-
-    monkeypatch.setattr("esr_distill.train_step.generate_rollouts", recording)
+    record_rollouts(monkeypatch, seen)
     train(replace(config, loss=LossConfig(vocab_size=VOCAB_SIZE)), console)
     assert len(seen) == 2
     assert all(int(rollouts.response_ids_B_K.max()) < VOCAB_SIZE for rollouts in seen)

@@ -18,18 +18,18 @@ OWN_EOS = 2  # of the server's files; ends a response unless ignore_eos is sent
 
 
 class VllmStub:
-    """Starts with other weights than any student. `calls` and `drawn` are what it was asked and what it answered.
+    """Starts with other weights than any student. `calls`, `loaded` and `drawn` are what it was asked, read and answered.
 
-    Args:
+    Attributes:
         mode: --logprobs-mode.
         max_model_len: --max-model-len.
-        script: draws nothing but gives these response ids, by prompt; a log-prob is then minus its place.
+        script: None draws; else the response ids to give, by prompt, with minus a token's place as its log-prob.
         tamper: changes an answer by path before it is sent: (path, answer) -> answer; bytes are sent as they are.
         refuse: path to (status, answer) of a refusal.
         drop: paths at which the connection ends without an answer.
         delay_s: before each response.
         busy: so many times the prefix cache is in use when it is to be emptied.
-        folders: path that the server sees to path that this test sees.
+        folders: the start of a path as the server sees it, and as this test does.
     """
 
     def __init__(self, mode: str = "raw_logprobs", max_model_len: int = 128, script: dict | None = None) -> None:
