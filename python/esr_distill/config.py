@@ -106,7 +106,11 @@ class RolloutConfig:
         top_k: Keep only the k most probable tokens; 0 is off.
         top_p: Keep the smallest set of tokens whose probability reaches top_p; 1 is off.
         min_p: Drop tokens less probable than min_p times the most probable one; 0 is off.
-        backend: Who draws; inprocess decodes with the trainer's own weights, hf_generate is transformers' generate.
+        backend: Who draws; inprocess decodes with the trainer's own weights, hf_generate is transformers' generate, vllm is a
+            server (docs/vllm.md).
+        vllm_url: Where the server of the vllm backend listens, such as http://host:8000.
+        vllm_weights_folder: Folder that trainer and server see, through which the server gets the weights.
+        vllm_weights_folder_on_server: Path of that folder on the server; unset is the same.
         cuda_graphs: On a CUDA device, capture a decode step and replay it; false launches every kernel of every step.
         overlap_teacher: Let the teacher read the prompts while rollouts are drawn, on a CUDA device in a stream of its own.
         compile_step: Pass the decode step of inprocess through torch.compile, which takes its time in the first rollout.
@@ -119,7 +123,10 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 0.95
     min_p: float = 0.0
-    backend: Literal["inprocess", "hf_generate"] = "inprocess"
+    backend: Literal["inprocess", "hf_generate", "vllm"] = "inprocess"
+    vllm_url: str | None = None
+    vllm_weights_folder: str | None = None
+    vllm_weights_folder_on_server: str | None = None
     cuda_graphs: bool = True
     overlap_teacher: bool = False
     compile_step: bool = False
@@ -144,6 +151,18 @@ class RolloutConfig:
         _require(self.top_k >= 0, "rollout.top_k", ">= 0", self.top_k)
         _require(0 <= self.top_p <= 1, "rollout.top_p", "in [0, 1]", self.top_p)
         _require(0 <= self.min_p <= 1, "rollout.min_p", "in [0, 1]", self.min_p)
+
+        for name in ("vllm_url", "vllm_weights_folder"):
+            value, is_vllm = getattr(self, name), self.backend == "vllm"
+            must_be = "set for rollout.backend vllm" if is_vllm else "unset unless rollout.backend is vllm"
+            _require((value is not None) == is_vllm, f"rollout.{name}", must_be, value)
+        on_server = self.vllm_weights_folder_on_server
+        _require(
+            on_server is None or self.backend == "vllm",
+            "rollout.vllm_weights_folder_on_server",
+            "unset unless rollout.backend is vllm",
+            on_server,
+        )
 
     @property
     def sampler(self) -> SamplerSettings:

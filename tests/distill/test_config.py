@@ -72,6 +72,18 @@ def test_an_option_that_nothing_reads_is_found(tmp_path):
         ),
         (lambda: RolloutConfig(samples_per_prompt=0), r"rollout\.samples_per_prompt must be >= 1 .*, got 0"),
         (
+            lambda: RolloutConfig(backend="vllm", vllm_url="http://h:1"),
+            r"rollout\.vllm_weights_folder must be set for rollout\.backend vllm, got None",
+        ),
+        (
+            lambda: RolloutConfig(vllm_url="http://h:1"),
+            r"rollout\.vllm_url must be unset unless rollout\.backend is vllm, got 'http://h:1'",
+        ),
+        (
+            lambda: RolloutConfig(vllm_weights_folder_on_server="/w"),
+            r"rollout\.vllm_weights_folder_on_server must be unset unless rollout\.backend is vllm, got '/w'",
+        ),
+        (
             lambda: RolloutConfig(backend="hf_generate", cuda_graphs=False),
             r"rollout\.cuda_graphs must be true unless rollout\.backend is inprocess, got False",
         ),

@@ -29,6 +29,7 @@ from esr_distill.input_error import InputError
 from esr_distill.rollout import GREEDY, InProcessBackend, SamplerSettings, generate_rollouts
 from esr_distill.rollout.choose_backend import make_backend
 from esr_distill.rollout.hf_generate import HFGenerateBackend
+from esr_distill.rollout.vllm_server import VllmServerBackend
 
 RAGGED = [[BOS, 5, 13, 7, 14, 9, 15], [BOS, 4], [BOS], [BOS, 8, 8, 13, 3, 15], [BOS, 12, 14, 11, 15]]
 RAGGED += [[BOS, 3, 3, 3, 3], [BOS, 17, 16], [BOS, 6, 7, 8, 9, 10, 11, 12]]
@@ -349,9 +350,21 @@ def test_a_recurrent_model_is_refused_by_name():
             (InProcessBackend, {"use_graphs": False, "compile_backend": "inductor"}),
         ),
         ({"backend": "hf_generate"}, (HFGenerateBackend, {})),
+        (
+            {"backend": "vllm", "vllm_url": "http://host:1", "vllm_weights_folder": "/here"}
+            | {"vllm_weights_folder_on_server": "/there"},
+            (VllmServerBackend, {}),
+        ),
     ],
 )
 def test_the_backend_that_options_name(changed, expected):
     backend = make_backend(RolloutConfig(**changed))
     assert type(backend) is expected[0]
     assert {name: getattr(backend, name) for name in expected[1]} == expected[1]
+    if isinstance(backend, VllmServerBackend):
+        weights = backend.weights
+        assert (backend.server.url, str(weights.folder), str(weights.folder_on_server)) == (
+            "http://host:1",
+            "/here",
+            "/there",
+        )

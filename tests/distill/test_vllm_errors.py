@@ -30,8 +30,13 @@ def only(path_of_change: str, change):
     return lambda path, answer: change(answer) if path == path_of_change else answer
 
 
-def spans(version: str) -> list[dict]:
-    return [{"version": version, "start": 0, "end": 3}]
+def looks(answer: dict) -> bool:
+    """Whether it answers the look at the weights that follows a push."""
+    return "prompt_logprobs" in answer["choices"][0]
+
+
+def spoilt(told: list) -> list:
+    return [{token_id: {"logprob": math.nan} for token_id in entry} if entry else entry for entry in told]
 
 
 DRAW, TOKENS = "/v1/completions", [5, 6, 7]  # what the script gives at horizon 3
@@ -66,7 +71,6 @@ WRONG_ANSWERS = {
         edit(
             token_ids=lambda ids: ids[:2],
             logprobs=lambda _: {"token_logprobs": [-1.0, -2.0]},
-            weight_versions=lambda old: [old[0] | {"end": 2}],
             finish_reason=lambda _: "abort",
         ),
         r"its first EOS or after 3 tokens, got 2 tokens, finish_reason 'abort' and EOS at \[\]",
@@ -75,20 +79,18 @@ WRONG_ANSWERS = {
         edit(
             token_ids=lambda _: [],
             logprobs=lambda _: {"token_logprobs": []},
-            weight_versions=lambda old: [old[0] | {"end": 0}],
         ),
         "its first EOS or after 3 tokens, got 0 tokens",
     ),
     "on behind EOS": (edit(token_ids=lambda _: [5, EOS, 7]), r"got 3 tokens, finish_reason 'length' and EOS at \[2\]"),
     "on behind EOS to the next": (edit(token_ids=lambda _: [5, EOS, EOS]), r"got 3 tokens, .* and EOS at \[2, 3\]"),
-    "other weights": (edit(weight_versions=lambda _: spans("step-7")), "draw with the weights 'esr-.*step-7"),
-    "weights that changed on the way": (
-        edit(weight_versions=lambda old: [old[0] | {"end": 1}, {"version": "step-7", "start": 1, "end": 3}]),
-        "draw with the weights 'esr-.*step-7",
+    "no log-probs of a prompt": (
+        only(DRAW, lambda answer: edit(prompt_logprobs=lambda _: None)(DRAW, answer) if looks(answer) else answer),
+        r"return log-probs of a prompt \(prompt_logprobs\), got",
     ),
-    "a server that knows no weight versions": (
-        edit(weight_versions=lambda _: None),
-        "draw with the weights .*, got None for weight_versions",
+    "a log-prob of a prompt that is no number": (
+        only(DRAW, lambda answer: edit(prompt_logprobs=spoilt)(DRAW, answer) if looks(answer) else answer),
+        "have the student's distribution after loading its weights, got log-probs that are off by nan nats a token",
     ),
     "no model": (
         only("/v1/models", lambda answer: {"data": []}),

@@ -101,6 +101,50 @@ def test_a_server_that_was_started_anew_gets_the_weights_again(stub, student, tm
     assert len(stub.loaded) == 2
 
 
+def test_a_server_that_keeps_an_old_weight_is_found_out(stub, student, tmp_path):
+    backend = make_backend(stub, tmp_path)
+    stub.not_loaded = ("lm_head.weight",)
+    text = r"must have the student's distribution after loading its weights, got log-probs that are off by [1-9][0-9.]* nats"
+    for pushes in (1, 2):
+        with pytest.raises(InputError, match=text):
+            roll_out(backend, student)
+        assert len(stub.loaded) == pushes
+    stub.not_loaded = ()
+    assert roll_out(backend, student).batch_size == len(RAGGED)
+
+
+def test_a_server_in_bfloat16_is_no_other_server(stub, student, tmp_path):
+    stub.dtype = torch.bfloat16
+    rollouts = roll_out(make_backend(stub, tmp_path), student)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_logprobs(rollouts.logprobs_B_K, student, RAGGED, rollouts, log_softmax)
+
+
+def test_the_look_at_the_weights_is_short_and_follows_a_push_alone(stub, student, tmp_path):
+    backend = make_backend(stub, tmp_path)
+    for seed in (1, 2, 3):
+        roll_out(backend, student, [[BOS, *[5, 13, 7] * 25], [BOS]], seed=seed)
+    looks = [body for path, body in stub.calls if path == "/v1/completions" and "prompt_logprobs" in body]
+    assert [body["prompt"] for body in looks] == [[BOS, *[5, 13, 7] * 21]]
+    assert not student.training
+
+
+@pytest.mark.parametrize("version", ["default", "esr-of-another-trainer", None])
+def test_weights_that_change_on_the_way_are_an_error_and_pushed_next_time(stub, student, tmp_path, version):
+    def start_anew_after_drawing(path: str, answer: dict) -> dict:
+        if path == "/v1/completions":
+            stub.version = version
+        return answer
+
+    backend = make_backend(stub, tmp_path)
+    stub.tamper = start_anew_after_drawing
+    with pytest.raises(InputError, match=rf"must hold the weights 'esr-.*-000001' while it draws, got {version!r}"):
+        roll_out(backend, student)
+    stub.tamper = lambda path, answer: answer
+    roll_out(backend, student)
+    assert len(stub.loaded) == 2
+
+
 def test_the_folder_has_another_path_on_the_server(stub, student, tmp_path):
     stub.folders = ("/weights", str(tmp_path))
     roll_out(make_backend(stub, tmp_path, weights_folder_on_server="/weights"), student)

@@ -1,4 +1,4 @@
-"""The part of vLLM 0.33's HTTP interface that the backend uses, in a thread: it loads checkpoints and draws from their model.
+"""The part of vLLM's HTTP interface that the backend uses, in a thread: it loads checkpoints and draws from their model.
 
 Written from vLLM's documentation and source, without its code. It shares nothing with the backend but the wire.
 """
@@ -30,6 +30,8 @@ class VllmStub:
         delay_s: before each response.
         busy: so many times the prefix cache is in use when it is to be emptied.
         folders: the start of a path as the server sees it, and as this test does.
+        dtype: of the served weights.
+        not_loaded: names of weights that keep their old values, as where a checkpoint lacks them.
     """
 
     def __init__(self, mode: str = "raw_logprobs", max_model_len: int = 128, script: dict | None = None) -> None:
@@ -38,6 +40,7 @@ class VllmStub:
         self.refuse: dict[str, tuple[int, dict | str]] = {}
         self.drop: set[str] = set()
         self.delay_s, self.busy, self.folders = 0.0, 0, ("", "")
+        self.dtype, self.not_loaded = torch.float32, ()
         self.model, self.version, self.has_old_cache = make_model(99), "default", False
         self.calls: list[tuple[str, dict]] = []
         self.drawn: list[tuple[list[int], list[int]]] = []
@@ -58,7 +61,8 @@ class VllmStub:
         return [path for path, _ in self.calls]
 
     def completions(self) -> list[dict]:
-        return [body for path, body in self.calls if path == "/v1/completions"]
+        """Those that draw; one with prompt_logprobs asks for a look at the weights."""
+        return [body for path, body in self.calls if path == "/v1/completions" and "prompt_logprobs" not in body]
 
     def answer(self, path: str, body: dict) -> tuple[int, dict | str]:
         if path in self.refuse:
@@ -67,7 +71,7 @@ class VllmStub:
             card = {"id": "student-at-start", "object": "model", "max_model_len": self.max_model_len}
             return 200, {"object": "list", "data": [card, {"id": "an-adapter", "max_model_len": None}]}
         if path == "/version":
-            return 200, {"version": "0.33.0"}
+            return 200, {"version": "0.32.0"}
         if path == "/server_info":
             return 200, {"vllm_config": {"model_config": {"logprobs_mode": self.mode}}, "vllm_env": {}}
         if path == "/weight_info":
@@ -84,20 +88,22 @@ class VllmStub:
             self.load(body["kwargs"]["weights_path"])
             return 200, {"results": [None, None]}
         assert path == "/v1/completions", path
-        return 200, self.complete(body)
+        assert not self.has_old_cache, "keys and values of old weights would be used"
+        return 200, self.score(body) if "prompt_logprobs" in body else self.complete(body)
 
     def load(self, path: str) -> None:
         self.loaded.append(path)
         path = path.replace(*self.folders, 1) if self.folders[0] else path
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
-        self.has_old_cache = True
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True).eval()
+        old_weights = self.model.state_dict()
+        model.load_state_dict({name: old_weights[name] for name in self.not_loaded}, strict=False)
+        self.model, self.has_old_cache = model, True
 
     def complete(self, body: dict) -> dict:
         with self.lock:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
         time.sleep(self.delay_s)
-        assert not self.has_old_cache, "keys and values of old weights would be used"
         prompt = body["prompt"]
         if self.script is None:
             token_ids, logprobs = self.draw(body)
@@ -115,9 +121,15 @@ class VllmStub:
             "logprobs": {"token_logprobs": logprobs, "tokens": ["?"] * len(token_ids)},
             "token_ids": token_ids if body["return_token_ids"] else None,
             "prompt_token_ids": prompt if body["return_token_ids"] else None,
-            "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
         }
         return {"id": "cmpl-1", "object": "text_completion", "model": "student-at-start", "choices": [choice]}
+
+    @torch.no_grad()
+    def score(self, body: dict) -> dict:
+        ids = body["prompt"]
+        logprobs_T_V = self.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        told = [{str(i): {"logprob": logprobs_T_V[t, i].item(), "rank": 1}} for t, i in enumerate(ids[1:])]
+        return {"choices": [{"index": 0, "text": "", "prompt_logprobs": [None, *told]}]}
 
     @torch.no_grad()
     def draw(self, body: dict) -> tuple[list[int], list[float]]:

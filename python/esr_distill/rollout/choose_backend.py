@@ -6,12 +6,19 @@ from esr_distill.config import RolloutConfig
 from esr_distill.rollout.backend import RolloutBackend
 from esr_distill.rollout.hf_generate import HFGenerateBackend
 from esr_distill.rollout.inprocess import InProcessBackend
+from esr_distill.rollout.vllm_server import VllmServerBackend
 
 
 def make_backend(config: RolloutConfig, console: Console | None = None) -> RolloutBackend:
     """A backend that holds nothing yet. `console` is where it reports steps that it captures."""
     if config.backend == "hf_generate":
         return HFGenerateBackend()
+    if config.backend == "vllm":
+        return VllmServerBackend(
+            config.vllm_url,
+            config.vllm_weights_folder,
+            weights_folder_on_server=config.vllm_weights_folder_on_server,
+        )
     return InProcessBackend(
         use_graphs=config.cuda_graphs, compile_backend="inductor" if config.compile_step else None, console=console
     )
