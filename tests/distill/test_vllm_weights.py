@@ -113,6 +113,17 @@ def test_a_server_that_keeps_an_old_weight_is_found_out(stub, student, tmp_path)
     assert roll_out(backend, student).batch_size == len(RAGGED)
 
 
+def test_it_is_found_out_though_the_first_rollouts_failed(stub, student, tmp_path):
+    backend = make_backend(stub, tmp_path)
+    stub.not_loaded, stub.drop = ("lm_head.weight",), {"/v1/completions"}
+    with pytest.raises(InputError, match="RemoteDisconnected"):
+        roll_out(backend, student)
+    stub.drop.clear()
+    with pytest.raises(InputError, match="must have the student's distribution"):
+        roll_out(backend, student)
+    assert len(stub.loaded) == 1
+
+
 def test_a_server_in_bfloat16_is_no_other_server(stub, student, tmp_path):
     stub.dtype = torch.bfloat16
     rollouts = roll_out(make_backend(stub, tmp_path), student)

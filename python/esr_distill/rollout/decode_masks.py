@@ -9,7 +9,7 @@ from esr_distill.input_error import InputError
 from esr_distill.rollout.static_cache import RolloutCache
 
 ONLY = ""  # the key of a model whose layers all share one mask
-Masks = dict[str, Tensor]  # by kind of layer: (B, 1, steps, columns), of bool or to be added
+Masks = dict[str, Tensor]  # by kind of layer: (B, 1, steps, columns), added to the scores
 
 
 def make_decode_masks(
@@ -45,7 +45,14 @@ def make_decode_masks(
                 f"rollout.backend inprocess needs masks (rows, 1, steps, columns) from {type(model).__name__}, got {got}; set "
                 "rollout.backend to hf_generate"
             )
-    return {name: mask.contiguous() for name, mask in masks.items()}  # not expanded: they are written to
+    return {name: additive(mask, cache.layers[0].dtype) for name, mask in masks.items()}
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """In memory of its own, and as attention adds it: from bools every layer would make that anew in every step."""
+    if mask.dtype != torch.bool:
+        return mask.contiguous()  # an expanded one could not be written to
+    return torch.zeros_like(mask, dtype=dtype, memory_format=torch.contiguous_format).masked_fill_(~mask, -torch.inf)
 
 
 def mask_of_step(masks: Masks, step_1: Tensor, visible: int) -> Tensor | dict[str, Tensor]:

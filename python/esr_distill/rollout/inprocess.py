@@ -19,6 +19,7 @@ from esr_distill.rollout.static_cache import RolloutCache, prefilled_tensors
 from esr_kernels import Impl, SamplerState, is_native_sampler_built, sample_tokens
 
 STEPS_BETWEEN_POLLS = 16  # of a GPU's number of running rows
+STEPS_PER_SEGMENT = {"cpu": 32, "cuda": 128}
 PROMPT_COLUMNS = 64  # on a GPU prompts end at a multiple of this, so that few widths need a graph of their own
 
 
@@ -39,7 +40,7 @@ class InProcessBackend:
     Args:
         use_graphs: on a CUDA device, replay CUDA graphs; otherwise launch every kernel of every step.
         compile_backend: torch.compile the step with this backend ("inductor"), None leaves it eager.
-        steps_per_segment: tokens between two looks at which rows have finished.
+        steps_per_segment: tokens between two looks at which rows have finished; 32 on a CPU, 128 on a GPU if None.
         console: where rebuilt graphs are reported.
     """
 
@@ -48,7 +49,7 @@ class InProcessBackend:
         *,
         use_graphs: bool = True,
         compile_backend: str | None = None,
-        steps_per_segment: int = 128,
+        steps_per_segment: int | None = None,
         console: Console | None = None,
         capture: Callable[[DecodeStep, tuple[int, int] | None], Callable[[], None]] | None = None,
     ) -> None:
@@ -125,7 +126,7 @@ class InProcessBackend:
                         write_rows(whole, order_B, state)
                     self.cache.move_rows(kept_B, column)
                     order_B, state, position_B_1 = order_B[kept_B], select_rows(state, kept_B), position_B_1[kept_B]
-                num_steps = min(self.steps_per_segment, end - column)
+                num_steps = min(self.steps_per_segment or STEPS_PER_SEGMENT[device.type], end - column)
                 rows = self._rows(state, position_B_1)
                 self._segment(model, rows, prompt_mask_B_C[order_B], column, num_steps, request, impl)
                 state, position_B_1, column = rows.state, rows.position_B_1, column + num_steps
@@ -247,7 +248,10 @@ class InProcessBackend:
         if self.compile_backend is None:
             return model
         if self.compiled is None or self.compiled[0] is not model:
-            self.compiled = model, torch.compile(model, backend=self.compile_backend)
+            # on a CPU half of a small model's step is Python between the kernels
+            is_cpu = next(model.parameters()).device.type == "cpu"
+            options = {"cpp_wrapper": True} if is_cpu and self.compile_backend == "inductor" else None
+            self.compiled = model, torch.compile(model, backend=self.compile_backend, options=options)
         return self.compiled[1]
 
 

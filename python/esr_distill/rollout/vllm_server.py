@@ -104,13 +104,13 @@ class VllmServerBackend:
             )
         mode = self._logprobs_mode()
 
-        is_new = self.weights.push(model)
+        self.weights.push(model)
         asked = sampling_fields(request, width) | {"model": name}
         seeds = [row_seed(request.seed, request_id) for request_id in prompts.request_ids_B.tolist()]
         bodies = [asked | {"prompt": row, "seed": seed} for row, seed in zip(rows, seeds, strict=True)]
         with ThreadPoolExecutor(self.concurrency) as pool:
             drawn = list(pool.map(lambda body: self._draw(body, request, limit), bodies))
-        if is_new:
+        if self.weights.is_unchecked:
             self.weights.check_policy(
                 model, name, max((a + b.token_ids for a, b in zip(rows, drawn, strict=True)), key=len)
             )

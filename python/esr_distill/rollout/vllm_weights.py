@@ -24,9 +24,11 @@ class VllmWeights:
     """Keeps the weights of a vLLM server equal to those of a model.
 
     A push writes a checkpoint of safetensors under a name of its own, whole before it gets that name, lets all workers of the
-    server load it in place (`/collective_rpc` with `reload_weights`, any parallelism, quantisation included), empties the
-    prefix cache, which holds keys and values of the old weights, gives the server the checkpoint's name as its weight version,
-    and removes the checkpoint. It costs a write and a read of all weights, and both sides wait.
+    server load it in place (`/collective_rpc` with `reload_weights`), empties the prefix cache, which holds keys and values of
+    the old weights, gives the server the checkpoint's name as its weight version, and removes the checkpoint. It costs a write
+    and a read of all weights, and both sides wait.
+
+    `is_unchecked` after a push, until `check_policy` has found the model's distribution on the server.
 
     Args:
         server: the server.
@@ -48,16 +50,17 @@ class VllmWeights:
         """The next push happens whatever the server holds."""
         self.version: str | None = None
         self.pushed: list | None = None
+        self.is_unchecked = True
 
-    def push(self, model: PreTrainedModel) -> bool:
-        """Bring the weights to the server, unless it holds them; whether it got them now.
+    def push(self, model: PreTrainedModel) -> None:
+        """Bring the weights to the server, unless it holds them.
 
         Raises:
             InputError: the model has adapters, or the server does not load the weights.
         """
         present = fingerprint(model)
         if present == self.pushed and self._version_there() == self.version:
-            return False
+            return
         if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
             raise InputError(
                 "a model whose rollouts a vLLM server draws must be a transformers model without adapters, "
@@ -73,7 +76,6 @@ class VllmWeights:
         finally:
             shutil.rmtree(self.folder / version, ignore_errors=True)
         self.version, self.pushed = version, present
-        return True
 
     def check_still_there(self) -> None:
         """Versions are set once, so one that is still there was there all the time. Raises InputError where another is."""
@@ -108,6 +110,7 @@ class VllmWeights:
                 "have the student's distribution after loading its weights",
                 f"log-probs that are off by {difference:.2f} nats a token; its log may name weights that were not loaded",
             )
+        self.is_unchecked = False
 
     def _version_there(self) -> object:
         """The version of the last push; that of others if they pushed, or vLLM's first one where it was started anew."""
