@@ -11,6 +11,7 @@ once at the copy rate of this machine. The result file is written whole after ea
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -155,7 +156,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ragged", action="store_true", help="prompts of different lengths")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="of torch, in turn")
     parser.add_argument("--out", type=Path, help="folder of rollouts.json; default: bench/results, by the machine")
     parser.add_argument("--commit", help="recorded where there is no git to ask")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: does it run?")
@@ -165,8 +166,6 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         options.repetitions, options.out = 1, options.out or ROOT / "runs" / "rollouts-smoke"
         if options.out.resolve().is_relative_to(RESULTS):
             parser.error(f"--out must not be under bench/results with --smoke, got {options.out}")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     options.device = "cuda" if torch.cuda.is_available() and not options.smoke else "cpu"
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     return options
@@ -182,10 +181,12 @@ def main(argv: list[str] | None = None) -> int:
     path = (options.out or RESULTS / machine_folder(machine)) / "rollouts.json"
     for name in options.models:
         model = make_model(name, options.device, DTYPES[options.dtype])
-        for batch_size in options.batch_sizes:
+        for threads, batch_size in itertools.product(options.threads, options.batch_sizes):
+            torch.set_num_threads(threads)
             setting = {
                 "model": name if name in SHAPES else Path(name).name,
                 "dtype": options.dtype,
+                "threads": threads,
                 "batch_size": batch_size,
                 "prompt": options.prompt,
                 "horizon": options.horizon,
@@ -196,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
                 write_json(path, results)
                 told = row.get("message") or f"{row['tokens_per_s']:.0f} tokens/s, {row['ms_per_step']:.2f} ms a step"
                 console.print(
-                    f"{row['model']} B {batch_size}: {row['implementation']}: {told}", highlight=False, soft_wrap=True
+                    f"{row['model']} B {batch_size}, {threads} threads: {row['implementation']}: {told}",
+                    highlight=False,
+                    soft_wrap=True,
                 )
         del model
     console.print(f"{path} written", soft_wrap=True)

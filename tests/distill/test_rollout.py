@@ -42,7 +42,7 @@ class ScriptedModel(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, **_):
         step = len(self.calls)
-        seen = attention_mask if attention_mask.ndim == 2 else attention_mask[:, 0, -1].long()
+        seen = attention_mask if attention_mask.ndim == 2 else (attention_mask[:, 0, -1] == 0).long()  # 0 is added
         self.calls.append((input_ids.tolist(), seen.tolist(), position_ids.tolist()))
         rows = torch.arange(len(input_ids), dtype=torch.float32)
         if past_key_values is None:

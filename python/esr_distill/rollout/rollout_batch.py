@@ -18,7 +18,8 @@ class RolloutBatch:
         response_lengths_B: (B,) int64, tokens drawn, the first EOS included.
         stopped_by_eos_B: (B,) bool, False where the horizon cut the rollout.
         logprobs_B_K: (B, K) float32, log-prob of each token under the student at temperature 1; 0 past the length.
-        sampling_logprobs_B_K: (B, K) float32, log-prob under the distribution that was really sampled; 0 past the length.
+        sampling_logprobs_B_K: (B, K) float32, log-prob under the distribution that was really sampled; 0 past the length. NaN in
+            this or the one before where a backend is not told.
     """
 
     token_ids_B_T: Tensor
