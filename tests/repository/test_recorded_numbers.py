@@ -52,6 +52,15 @@ def test_the_tables_of_the_numerics_are_those_of_the_result_files(monkeypatch):
     assert dict(recorded) == tables
 
 
+def test_the_tables_of_the_benchmark_page_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    document = (ROOT / "docs" / "benchmarks.md").read_text()
+    recorded = dict(re.findall(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", document, re.DOTALL))
+    tables = load_script("cpu_tables").tables()
+    assert set(tables) == {"sampler-cpu", "rollouts-cpu"} and recorded == tables
+    assert all(table.count("\n") > 5 for table in tables.values())
+
+
 def test_a_block_is_replaced_whole_and_a_missing_one_is_an_error(record_demo):
     text = "a\n<!-- demo-x -->\nold\nold\n<!-- end demo-x -->\nb\n"
     assert record_demo.replace_block(text, "demo-x", "new") == "a\n<!-- demo-x -->\nnew\n<!-- end demo-x -->\nb\n"
