@@ -34,7 +34,8 @@ class ModelConfig:
             float32 with autocast.
         teacher_dtype: Floating-point type of the teacher's weights.
         autocast: Run the float32 student under bfloat16 autocast.
-        attn_implementation: Attention of both models, passed to transformers by name.
+        attn_implementation: Attention of both models, by transformers' name; auto is flash_attention_2 where flash-attn is
+            installed and both models run in 16 bits on a CUDA device, else sdpa. What was chosen is printed.
         device: Where both models live; auto takes CUDA when there is one.
     """
 
@@ -43,7 +44,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool = False
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -55,13 +56,17 @@ class ModelConfig:
             "false unless model.dtype is float32",
             True,
         )
-        in_16_bits = (self.autocast or self.dtype == "bfloat16") and self.teacher_dtype == "bfloat16"
         _require(
-            self.attn_implementation != "flash_attention_2" or in_16_bits,
+            self.attn_implementation != "flash_attention_2" or self.is_in_16_bits,
             "model.attn_implementation",
-            "sdpa or eager unless both models run in bfloat16 (model.teacher_dtype, and model.dtype or model.autocast)",
+            "auto, sdpa or eager unless both models run in bfloat16 (model.teacher_dtype, and model.dtype or model.autocast)",
             self.attn_implementation,
         )
+
+    @property
+    def is_in_16_bits(self) -> bool:
+        """Whether both models compute in bfloat16."""
+        return (self.autocast or self.dtype == "bfloat16") and self.teacher_dtype == "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -313,7 +318,8 @@ class EvalConfig:
         chat_template: Wrap text prompts as one user message in the tokenizer's chat template.
         system_prompt: System message put before every chat prompt.
         dtype: Floating-point type of the weights.
-        attn_implementation: Attention, passed to transformers by name.
+        attn_implementation: Attention, by transformers' name; auto is flash_attention_2 where flash-attn is installed and the
+            model runs in 16 bits on a CUDA device, else sdpa.
         device: Where the model lives; auto takes CUDA when there is one.
         scorer: How the answer is found in a reply.
         max_tokens: Response tokens after which a reply counts as cut.
@@ -328,7 +334,7 @@ class EvalConfig:
     chat_template: bool = True
     system_prompt: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     scorer: ScorerName = "last_number"
     max_tokens: int = 512

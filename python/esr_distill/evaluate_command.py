@@ -5,7 +5,7 @@ from pathlib import Path
 from esr_distill.complete_files import write_json
 from esr_distill.config import EvalConfig, RolloutConfig
 from esr_distill.evaluate import Evaluation
-from esr_distill.models import choose_device, find_stop_ids, load_model, load_tokenizer
+from esr_distill.models import choose_attention, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.progress import make_console
 from esr_distill.prompts import read_prompt_file
 from esr_distill.rollout.choose_backend import make_backend
@@ -17,9 +17,8 @@ def evaluate_model(config: EvalConfig) -> int:
     records = read_prompt_file(config.prompts, "prompts")
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model, "model")
-    model = load_model(
-        config.model, "model", dtype=config.dtype, attn_implementation=config.attn_implementation, device=device
-    )
+    attention = choose_attention(config.attn_implementation, device, is_in_16_bits=config.dtype == "bfloat16")
+    model = load_model(config.model, "model", dtype=config.dtype, attn_implementation=attention, device=device)
     evaluation = Evaluation.prepare(
         records,
         tokenizer,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
 
 from esr_distill.input_error import InputError
 
@@ -31,6 +32,14 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def choose_attention(name: str, device: torch.device, *, is_in_16_bits: bool) -> str:
+    """What "auto" stands for: flash attention where it can run, else PyTorch's own. Any other name is itself."""
+    if name != "auto":
+        return name
+    can_flash = device.type == "cuda" and is_in_16_bits and is_flash_attn_2_available()
+    return "flash_attention_2" if can_flash else "sdpa"
 
 
 def load_model(

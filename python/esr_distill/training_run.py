@@ -13,7 +13,7 @@ from esr_distill.distill_loss import choose_impl, make_divergence
 from esr_distill.evaluate import Evaluation
 from esr_distill.hidden_states import check_output_head
 from esr_distill.learning_rate import learning_rate_factor
-from esr_distill.models import StopIds, choose_device, find_stop_ids, load_model, load_tokenizer
+from esr_distill.models import StopIds, choose_attention, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptSet, read_prompt_file, tokenize_prompts
 from esr_distill.rollout import RolloutBackend, RolloutRequest
 from esr_distill.rollout.choose_backend import make_backend
@@ -64,7 +64,7 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     tokenizer = load_tokenizer(config.model.student, "model.student")
     preflight.check_tokenizer_pair(tokenizer, load_tokenizer(config.model.teacher, "model.teacher"))
 
-    attention = config.model.attn_implementation
+    attention = choose_attention(config.model.attn_implementation, device, is_in_16_bits=config.model.is_in_16_bits)
     student = load_model(
         student_source or config.model.student,
         "model.student",

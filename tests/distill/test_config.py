@@ -185,7 +185,7 @@ def test_a_saved_config_comes_back_equal(tmp_path):
         (lambda: RunConfig(seed=2**64), r"run\.seed must be in \[0, 2\*\*64\)"),
         (
             lambda: ModelConfig("s", "t", autocast=True, attn_implementation="flash_attention_2"),
-            r"attn_implementation must be sdpa or eager unless both models run in bfloat16",
+            r"attn_implementation must be auto, sdpa or eager unless both models run in bfloat16",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EOS, PAD, VOCAB_SIZE, make_model, make_tokenizer, save_pair
 
 from esr_distill.input_error import InputError
-from esr_distill.models import StopIds, choose_device, find_stop_ids, load_model, load_tokenizer
+from esr_distill.models import StopIds, choose_attention, choose_device, find_stop_ids, load_model, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -38,6 +38,22 @@ def load(source, **changed):
 
 
 # Loading
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "is_in_16_bits", "is_installed", "expected"),
+    [
+        ("auto", "cuda", True, True, "flash_attention_2"),
+        ("auto", "cuda", True, False, "sdpa"),
+        ("auto", "cuda", False, True, "sdpa"),
+        ("auto", "cpu", True, True, "sdpa"),
+        ("eager", "cuda", True, True, "eager"),
+        ("flash_attention_2", "cuda", True, False, "flash_attention_2"),
+    ],
+)
+def test_attention_that_auto_stands_for(monkeypatch, name, device, is_in_16_bits, is_installed, expected):
+    monkeypatch.setattr("esr_distill.models.is_flash_attn_2_available", lambda: is_installed)
+    assert choose_attention(name, torch.device(device), is_in_16_bits=is_in_16_bits) == expected
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])

@@ -1,7 +1,6 @@
 """Rollouts from the trainer's own weights: one prefill, then one step a token, on CUDA as replays of a captured graph."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -9,13 +8,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esr_distill.prompts import PromptBatch
+from esr_distill.rollout.captured_for import autocast_of, identity
 from esr_distill.rollout.cuda_graph import ActivePoll, capture_step
+from esr_distill.rollout.decode_attention import decode_attention, decode_attention_of
 from esr_distill.rollout.decode_masks import make_decode_masks
 from esr_distill.rollout.decode_rows import DecodeRows, DecodeStep, select_rows, write_rows
 from esr_distill.rollout.eval_mode import eval_mode
-from esr_distill.rollout.rollout_batch import RolloutBatch, position_ids, response_mask
+from esr_distill.rollout.prefill import prefill
+from esr_distill.rollout.rollout_batch import RolloutBatch, response_mask
 from esr_distill.rollout.rollout_request import RolloutRequest, check_request
-from esr_distill.rollout.static_cache import RolloutCache, prefilled_tensors
+from esr_distill.rollout.static_cache import RolloutCache
 from esr_kernels import Impl, SamplerState, is_native_sampler_built, sample_tokens
 
 STEPS_BETWEEN_POLLS = 16  # of a GPU's number of running rows
@@ -260,21 +262,6 @@ def padded_columns(count: int) -> int:
     return -(-count // 8) * 8
 
 
-def prefill(model: PreTrainedModel, prompts: PromptBatch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Logits (B, V) after the prompts, and keys and values of the prompts, each prompt once however many samples it has."""
-    every = slice(None, None, prompts.samples_per_prompt)
-    prompt_mask_U_P = prompts.prompt_mask_B_P[every].long()
-    output = model(
-        input_ids=prompts.prompt_ids_B_P[every],
-        attention_mask=prompt_mask_U_P,
-        position_ids=position_ids(prompt_mask_U_P),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits_B_V = output.logits[:, -1].repeat_interleave(prompts.samples_per_prompt, dim=0)
-    return logits_B_V, prefilled_tensors(getattr(output, "past_key_values", None))
-
-
 def new_state(prompts: PromptBatch, request: RolloutRequest) -> SamplerState:
     return SamplerState.create(
         len(prompts.request_ids_B),
@@ -304,38 +291,3 @@ def collect_rollouts(prompts: PromptBatch, state: SamplerState) -> RolloutBatch:
         logprobs_B_K=state.logprobs_B_K[:, :width],
         sampling_logprobs_B_K=state.sampling_logprobs_B_K[:, :width],
     )
-
-
-def decode_attention(model: PreTrainedModel) -> str:
-    """Flash attention over a static cache would read its unwritten columns; SDPA takes a mask."""
-    name = model.config._attn_implementation
-    return "sdpa" if "flash" in name else name
-
-
-@contextmanager
-def decode_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    before, inside = model.config._attn_implementation, decode_attention(model)
-    if inside == before:
-        yield
-        return
-    model.set_attn_implementation(inside)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def identity(model: PreTrainedModel) -> tuple:
-    """What a captured step has burnt in: where weights lie, and which adapters are switched on."""
-    places = tuple(parameter.data_ptr() for parameter in model.parameters())
-    adapters = tuple(
-        (tuple(module.active_adapters), module.disable_adapters, module.merged)
-        for module in model.modules()
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters") and hasattr(module, "merged")
-    )
-    return id(model), places, adapters
-
-
-def autocast_of(model: PreTrainedModel) -> tuple:
-    device_type = next(model.parameters()).device.type
-    return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
