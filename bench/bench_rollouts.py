@@ -40,10 +40,10 @@ Run = Callable[[], object]
 
 
 def rollouts(
-    model: PreTrainedModel, prompts: PromptBatch, horizon: int, sampler: SamplerSettings, backend
+    model: PreTrainedModel, prompts: PromptBatch, horizon: int, sampler: SamplerSettings, backend, eos_ids=()
 ) -> RolloutBatch:
     return generate_rollouts(
-        model, prompts, horizon=horizon, sampler=sampler, eos_ids=(), pad_id=0, seed=0, backend=backend
+        model, prompts, horizon=horizon, sampler=sampler, eos_ids=eos_ids, pad_id=0, seed=0, backend=backend
     )
 
 
@@ -88,10 +88,16 @@ def candidates(
 
 @torch.no_grad()
 def gate(model: PreTrainedModel, prompts: PromptBatch, horizon: int, engine: InProcessBackend, dtype: str) -> dict:
-    """Greedy tokens against `generate`, and log-probs against one forward over the whole rollouts."""
+    """Greedy tokens against `generate`, to the horizon and with an id that ends rows, and log-probs against one forward."""
     greedy = rollouts(model, prompts, horizon, GREEDY, engine)
     expected = rollouts(model, prompts, horizon, GREEDY, HFGenerateBackend())
     agree_B = (greedy.token_ids_B_T == expected.token_ids_B_T).all(-1)
+    eos_ids = (int(expected.response_ids_B_K[0, horizon // 2]),)  # the first row draws it
+    ended = [rollouts(model, prompts, horizon, GREEDY, backend, eos_ids) for backend in (engine, HFGenerateBackend())]
+    same_length_B = ended[0].response_lengths_B == ended[1].response_lengths_B
+    shape = min(rollout.token_ids_B_T.shape[1] for rollout in ended)
+    agree_B &= same_length_B & (ended[0].token_ids_B_T[:, :shape] == ended[1].token_ids_B_T[:, :shape]).all(-1)
+    num_ended = int(ended[1].stopped_by_eos_B.sum())
     start, error = greedy.prompt_width, 0.0
     hidden_B_T_D, head = last_hidden_states(model, greedy), output_head(model)
     for row, hidden_T_D in enumerate(hidden_B_T_D):
@@ -101,7 +107,7 @@ def gate(model: PreTrainedModel, prompts: PromptBatch, horizon: int, engine: InP
     share = agree_B.float().mean().item()
     if error > LOGPROB_LIMIT[dtype] or (dtype == "float32" and share < 1):
         raise AssertionError(f"log-probs off by {error:.3g}, {share:.0%} of the rows agree with generate")
-    return {"rows_equal_to_generate": share, "largest_logprob_error": error}
+    return {"rows_equal_to_generate": share, "rows_that_ended": num_ended, "largest_logprob_error": error}
 
 
 def measured(run: Run, stopwatch: Stopwatch, repetitions: int) -> dict:
@@ -124,7 +130,13 @@ def group_rows(
     prompts = make_prompts(model, setting["batch_size"], setting["prompt"], is_ragged=setting["is_ragged"])
     horizon, batch_size = setting["horizon"], setting["batch_size"]
     floor_ms = 1e-6 * step_bytes(model, prompts, horizon) / copy_rate
-    for name, (run, engine) in candidates(model, prompts, horizon, stopwatch.is_cuda).items():
+    known = candidates(model, prompts, horizon, stopwatch.is_cuda)
+    unknown = set(options.only or ()) - set(known)
+    if unknown:
+        raise ValueError(f"--only must name some of {', '.join(known)}, got {', '.join(unknown)}")
+    for name, (run, engine) in known.items():
+        if options.only is not None and name not in options.only:
+            continue
         row = {**setting, "implementation": name, "floor_ms_per_step": floor_ms}
         try:
             if engine is not None:
@@ -153,6 +165,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=DEFAULT_MODELS, help=f"{', '.join(SHAPES)} or folders")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 32, 128, 512])
+    parser.add_argument("--only", nargs="+", help="implementations, by the names in the results")
     parser.add_argument("--horizon", type=int, default=100)
     parser.add_argument("--prompt", type=int, default=200, help="columns of the prompts")
     parser.add_argument("--ragged", action="store_true", help="prompts of different lengths")

@@ -29,6 +29,7 @@ def test_every_way_is_timed_behind_its_gate(smoke):
         assert row["tokens_per_s"] == pytest.approx(3 * 5 / row["median_s"])
         assert row["ms_per_step"] == pytest.approx(1e3 * row["median_s"] / 5)
         assert ("rows_equal_to_generate" in row) == name.startswith("ours")
+    assert rows["ours"]["rows_that_ended"] >= 1
     assert rows["ours"]["rows_equal_to_generate"] == 1 and rows["ours"]["largest_logprob_error"] < 1e-4
 
 
@@ -90,6 +91,15 @@ def test_generate_that_stops_early_is_no_result(bench, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda ids, **_: torch.zeros(2, 7))
     with pytest.raises(RuntimeError, match="generate gave 7 columns"):
         run()
+
+
+def test_a_selection_of_implementations(bench, tmp_path):
+    rollouts, options = bench("bench_rollouts"), ["--smoke", "--out", str(tmp_path), "--only"]
+    assert rollouts.main([*options, "generate"]) == 0
+    rows = json.loads((tmp_path / "rollouts-tiny.json").read_text())["rows"]
+    assert [row["implementation"] for row in rows] == ["generate"]
+    with pytest.raises(ValueError, match="--only must name some of ours, .*, got theirs"):
+        rollouts.main([*options, "theirs"])
 
 
 @pytest.mark.parametrize(
