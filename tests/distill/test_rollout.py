@@ -39,6 +39,7 @@ class ScriptedModel(torch.nn.Module):
         self.config._attn_implementation = "sdpa"
         self.embedding = torch.nn.Embedding(VOCAB_SIZE, 4)
         self.get_input_embeddings = self.get_output_embeddings = lambda: self.embedding
+        self.set_attn_implementation = lambda name: setattr(self.config, "_attn_implementation", name)
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, **_):
         step = len(self.calls)

@@ -27,6 +27,7 @@ from esr_distill.config import RolloutConfig
 from esr_distill.input_error import InputError
 from esr_distill.rollout import GREEDY, InProcessBackend, SamplerSettings, generate_rollouts
 from esr_distill.rollout.choose_backend import make_backend
+from esr_distill.rollout.decode_attention import decode_sdpa
 from esr_distill.rollout.hf_generate import HFGenerateBackend
 from esr_distill.rollout.vllm_server import VllmServerBackend
 
@@ -255,7 +256,7 @@ def test_a_model_with_learnt_positions_and_no_heads_shared():
     assert_same_rollouts(roll_out(model), roll_out(model, backend=HFGenerateBackend()))
 
 
-def test_decode_uses_sdpa_where_the_model_has_flash_attention(monkeypatch):
+def test_decode_has_a_mask_where_the_model_has_flash_attention(monkeypatch):
     """The name alone: flash-attn needs a GPU. Prefill keeps it, decode does not, and it comes back."""
     model, seen = make_model(2), []
     expected = roll_out(model)
@@ -273,7 +274,26 @@ def test_decode_uses_sdpa_where_the_model_has_flash_attention(monkeypatch):
     assert_same_rollouts(roll_out(model), expected)
     assert model.config._attn_implementation == "flash_stand_in"
     assert set(seen) == {8}  # the prompts alone
-    assert "prefill flash_stand_in, decode sdpa, no graphs" in InProcessBackend().describe(model)
+    assert "prefill flash_stand_in, decode esr_decode_sdpa, no graphs" in InProcessBackend().describe(model)
+
+
+@pytest.mark.parametrize(("num_heads", "num_key_heads"), [(6, 6), (6, 2), (4, 1)])
+def test_attention_of_one_token_by_hand(num_heads, num_key_heads):
+    """Every query head on the key head that it shares, written as a sum in float64; keys and values are views of a cache."""
+    generator = torch.Generator().manual_seed(num_heads)
+    query = torch.randn(3, num_heads, 1, 8, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, 3, num_key_heads, 11, 8, generator=generator, dtype=torch.float64)[..., :7, :]
+    seen = torch.rand(3, 1, 1, 7, generator=generator) < 0.7
+    seen[..., -1] = True
+    mask = torch.zeros(3, 1, 1, 7, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    output, _ = decode_sdpa(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    assert output.shape == (3, 1, num_heads, 8)
+    for row in range(3):
+        for head in range(num_heads):
+            shared = head // (num_heads // num_key_heads)
+            weights = (0.3 * key[row, shared] @ query[row, head, 0]).exp() * seen[row, 0, 0]
+            expected = weights @ value[row, shared] / weights.sum()
+            torch.testing.assert_close(output[row, 0, head], expected)
 
 
 def test_generate_is_not_told_by_the_models_own_settings():
