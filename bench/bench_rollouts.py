@@ -27,6 +27,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from esr_distill.complete_files import write_json
 from esr_distill.hidden_states import last_hidden_states, output_head
+from esr_distill.input_error import InputError
 from esr_distill.machine import machine_record
 from esr_distill.prompts import PromptBatch
 from esr_distill.rollout import GREEDY, InProcessBackend, RolloutBatch, SamplerSettings, generate_rollouts
@@ -152,7 +153,7 @@ def group_rows(
                 "ms_per_step": milliseconds,
                 "share_of_floor": floor_ms / milliseconds,
             }
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (AssertionError, InputError, RuntimeError, ValueError) as error:
             row |= {"status": "refused" if isinstance(error, AssertionError) else "failed", "message": str(error)[:500]}
         if engine is not None:
             engine.release()

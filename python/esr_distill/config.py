@@ -117,7 +117,8 @@ class RolloutConfig:
         vllm_weights_folder: Folder that trainer and server see, through which the server gets the weights.
         vllm_weights_folder_on_server: Path of that folder on the server; unset is the same.
         cuda_graphs: On a CUDA device, capture a decode step and replay it; false launches every kernel of every step.
-        overlap_teacher: Let the teacher read the prompts while rollouts are drawn, on a CUDA device in a stream of its own.
+        overlap_teacher: Let the teacher read the prompts while rollouts are drawn, on a CUDA device in a stream of its own;
+            that time is part of the rollout's.
         compile_step: Pass the decode step of inprocess through torch.compile, which takes its time in the first rollout.
     """
 

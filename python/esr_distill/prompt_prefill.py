@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from esr_distill.input_error import InputError
 from esr_distill.prompts import PromptBatch
-from esr_distill.rollout.rollout_batch import RolloutBatch, position_ids
+from esr_distill.rollout.rollout_batch import RolloutBatch, prompt_inputs
 
 
 @dataclass
@@ -25,22 +26,25 @@ class PromptPrefill:
     @classmethod
     @torch.no_grad()
     def start(cls, model: PreTrainedModel, prompts: PromptBatch, stream: torch.cuda.Stream | None) -> "PromptPrefill":
-        """Enqueue the forward on `stream`, behind what the present stream holds now; None runs it where one is."""
+        """Enqueue the forward on `stream`, behind what the present stream holds now; None runs it where one is.
+
+        Raises:
+            InputError: the model keeps no KV cache.
+        """
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         num_samples = prompts.samples_per_prompt
-        prompt_mask_U_P = prompts.prompt_mask_B_P[::num_samples].long()
         with torch.cuda.stream(stream):  # does nothing for None
-            output = model.base_model(
-                input_ids=prompts.prompt_ids_B_P[::num_samples],
-                attention_mask=prompt_mask_U_P,
-                position_ids=position_ids(prompt_mask_U_P),
-                use_cache=True,
-            )
+            output = model.base_model(**prompt_inputs(prompts), use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                raise InputError(
+                    f"rollout.overlap_teacher must be false for a teacher without a KV cache, got {type(model).__name__}"
+                )
             hidden_B_P_E = output.last_hidden_state.repeat_interleave(num_samples, dim=0)
             if num_samples > 1:
-                output.past_key_values.batch_repeat_interleave(num_samples)
-        return cls(hidden_B_P_E, output.past_key_values, stream)
+                cache.batch_repeat_interleave(num_samples)
+        return cls(hidden_B_P_E, cache, stream)
 
     @torch.no_grad()
     def hidden_states(self, model: PreTrainedModel, rollouts: RolloutBatch) -> Tensor:

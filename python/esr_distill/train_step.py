@@ -19,10 +19,11 @@ def train_step(run: TrainingRun, step: int) -> dict:
     prompts = next_prompt_batch(run.prompts, config.rollout.batch_size, step, config.run.seed, samples)
 
     prefill = None
-    if config.rollout.overlap_teacher:
-        prefill = PromptPrefill.start(run.teacher, prompts, run.teacher_stream)
-    with clock("rollout"), run.autocast():
-        rollouts = run.rollouts.generate(run.student, prompts, run.rollout_request)
+    with clock("rollout"):
+        if config.rollout.overlap_teacher:
+            prefill = PromptPrefill.start(run.teacher, prompts, run.teacher_stream)
+        with run.autocast():
+            rollouts = run.rollouts.generate(run.student, prompts, run.rollout_request)
     with clock("student_forward"), run.autocast():
         student_hidden_B_T_D = last_hidden_states(run.student, rollouts)
     with clock("teacher_forward"), torch.no_grad():

@@ -1,5 +1,6 @@
 """Does a teacher that reads prompts early score responses as it does otherwise?  pytest tests/distill/test_prompt_prefill.py"""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from rich.console import Console
 from test_train import losses, tiny_config
 from tiny_models import BOS, EOS, make_model, make_prompt_batch, make_rollouts
-from transformers import Gemma2Config, LlamaConfig, Qwen3Config
+from transformers import Gemma2Config, LlamaConfig, MambaConfig, Qwen3Config
 
 from esr_distill.config import RunConfig
 from esr_distill.hidden_states import last_hidden_states
+from esr_distill.input_error import InputError
+from esr_distill.metrics import read_metrics
 from esr_distill.prompt_prefill import PromptPrefill
 from esr_distill.train import train
 
@@ -47,3 +50,28 @@ def test_training_gives_the_same_losses(tmp_path):
         train(run, Console(quiet=True))
         found.append(losses(run))
     assert found[1] == pytest.approx(found[0], rel=1e-4) and len(found[0]) == 3
+
+
+def test_the_time_of_the_prefill_is_part_of_the_step(tmp_path, monkeypatch):
+    """On a CPU nothing overlaps: a slow teacher must show in the rollout's seconds."""
+    start = PromptPrefill.start.__func__
+
+    def slow(cls, *arguments):
+        time.sleep(0.3)
+        return start(cls, *arguments)
+
+    monkeypatch.setattr(PromptPrefill, "start", classmethod(slow))
+    config = tiny_config(tmp_path)
+    rollout = replace(config.rollout, overlap_teacher=True)
+    run = replace(config, rollout=rollout, run=RunConfig(output_dir=str(tmp_path / "run"), steps=1))
+    train(run, Console(quiet=True))
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl", "step")
+    assert record["seconds"] > 0.3
+
+
+def test_a_teacher_without_a_cache_is_refused_by_name():
+    model = make_model(0, MambaConfig, state_size=4, conv_kernel=2, expand=2, time_step_rank=2)
+    with pytest.raises(
+        InputError, match="rollout.overlap_teacher must be false for a teacher without a KV cache, got Mamba"
+    ):
+        PromptPrefill.start(model, make_prompt_batch(PROMPTS), None)

@@ -296,38 +296,6 @@ def test_attention_of_one_token_by_hand(num_heads, num_key_heads):
             torch.testing.assert_close(output[row, 0, head], expected)
 
 
-def test_generate_is_not_told_by_the_models_own_settings():
-    """A repetition penalty or a top-k in the model's folder is no part of the request."""
-    model = make_model(2)
-    expected = roll_out(model, backend=HFGenerateBackend())
-    model.generation_config.repetition_penalty = 5.0
-    model.generation_config.do_sample, model.generation_config.top_k = True, 1
-    assert_same_rollouts(roll_out(model, backend=HFGenerateBackend()), expected)
-    assert model.generation_config.repetition_penalty == 5.0
-    drawn = roll_out(model, sampler=SamplerSettings(5.0), backend=HFGenerateBackend())
-    assert not torch.equal(drawn.token_ids_B_T, expected.token_ids_B_T)
-
-
-def test_generate_samples_with_log_probs_of_its_distribution_and_a_cut_vocabulary():
-    model, sampler = make_model(5), SamplerSettings(sampling_temperature=0.8, top_k=3)
-    rollouts = roll_out(model, sampler=sampler, vocab_size=12, backend=HFGenerateBackend(), seed=3)
-    assert torch.equal(
-        rollouts.token_ids_B_T,
-        roll_out(model, sampler=sampler, vocab_size=12, backend=HFGenerateBackend(), seed=3).token_ids_B_T,
-    )
-    for row, length in enumerate(rollouts.response_lengths_B.tolist()):
-        ids = torch.cat([torch.tensor(RAGGED[row]), rollouts.response_ids_B_K[row, :length]])
-        with torch.no_grad():
-            logits = model(ids[None]).logits[0, len(RAGGED[row]) - 1 : -1, :12]
-        drawn = ids[len(RAGGED[row]) :, None]
-        best = (logits / 0.8).topk(3)
-        assert (best.indices == drawn).any(-1).all()
-        raw = logits.log_softmax(-1).gather(1, drawn)[:, 0]
-        sampled = (logits / 0.8).gather(1, drawn)[:, 0] - best.values.logsumexp(-1)
-        torch.testing.assert_close(rollouts.logprobs_B_K[row, :length], raw, rtol=0, atol=1e-4)
-        torch.testing.assert_close(rollouts.sampling_logprobs_B_K[row, :length], sampled, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("backend", [InProcessBackend, HFGenerateBackend])
 @pytest.mark.parametrize(
     ("changed", "message"),
@@ -335,8 +303,9 @@ def test_generate_samples_with_log_probs_of_its_distribution_and_a_cut_vocabular
         ({"horizon": 0}, "rollout: horizon must be >= 1, got 0"),
         ({"prompts": [[BOS], []]}, "rollout: a prompt must be at least one token, got 0"),
         ({"horizon": 121}, r"prompt and horizon must be at most the model's 128 positions together, got '8 \+ 121'"),
-        ({"eos_ids": (EOS, VOCAB_SIZE)}, "rollout: eos_ids must be below the vocabulary size 19, got 19"),
-        ({"eos_ids": (EOS, 15), "vocab_size": 12}, "rollout: eos_ids must be below the vocabulary size 12, got 15"),
+        ({"eos_ids": (EOS, VOCAB_SIZE)}, r"rollout: eos_ids must be in \[0, 19\), the vocabulary, got 19"),
+        ({"eos_ids": (EOS, 15), "vocab_size": 12}, r"rollout: eos_ids must be in \[0, 12\), the vocabulary, got 15"),
+        ({"eos_ids": (-1,)}, r"rollout: eos_ids must be in \[0, 19\), the vocabulary, got -1"),
         ({"pad_id": None}, "rollout: pad_id must be an id of the vocabulary, got None"),
         ({"pad_id": VOCAB_SIZE}, r"rollout: pad_id must be in \[0, 19\), got 19"),
         ({"vocab_size": 20}, r"rollout: vocab_size must be in \[1, 19\], got 20"),
@@ -349,6 +318,16 @@ def test_requests_that_cannot_be_met(backend, changed, message):
     options.pop("prompts", None)
     with pytest.raises(InputError, match=message):
         generate_rollouts(make_model(), batch, backend=backend(), **options)
+
+
+@pytest.mark.parametrize("backend", [InProcessBackend, HFGenerateBackend])
+def test_ids_that_a_model_never_writes_may_be_minus_infinity(backend):
+    model = make_model(2)
+    model.lm_head.register_forward_hook(
+        lambda _, inputs, logits: logits.index_fill(-1, torch.arange(9, 19), -torch.inf)
+    )
+    rollouts = roll_out(model, sampler=SamplerSettings(), backend=backend())
+    assert rollouts.response_ids_B_K.max() < 9 and rollouts.logprobs_B_K.isfinite().all()
 
 
 def test_samples_that_do_not_fill_the_batch():

@@ -1,10 +1,10 @@
 """The rows that are being decoded: what the sampler keeps of them, where they stand, and one step for all of them."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from esr_distill.rollout.decode_masks import Masks, mask_of_step
 from esr_distill.rollout.static_cache import RolloutCache
@@ -60,7 +60,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        forward: PreTrainedModel,
+        forward: Callable,
         rows: DecodeRows,
         masks: Masks,
         visible: int,

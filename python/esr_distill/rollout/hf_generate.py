@@ -55,20 +55,21 @@ class HFGenerateBackend:
         lengths_B, stopped_B = find_ends(tokens_B_K, request.eos_ids)
         mask_B_K = response_mask(lengths_B, tokens_B_K.shape[1])
         raw = [logits_B_V[:, : request.vocab_size] for logits_B_V in output.logits]
-        finite_B_K = torch.stack([logits_B_V.isfinite().all(-1) for logits_B_V in raw], dim=1)
-        if not finite_B_K[mask_B_K].all():
+        # NaN, +inf or nothing finite; a model may put -inf on ids that it never writes
+        is_valid_B_K = torch.stack([logits_B_V.amax(-1).isfinite() for logits_B_V in raw], dim=1)
+        if not is_valid_B_K[mask_B_K].all():
             raise FloatingPointError("rollout: the logits must be finite, got NaN or infinity")
         is_greedy = request.sampler.sampling_temperature == 0
-        logprobs_B_K = torch.where(mask_B_K, drawn_logprobs(raw, tokens_B_K), 0.0)
-        of_scores_B_K = 0.0 if is_greedy else drawn_logprobs(list(output.scores), tokens_B_K)
-        return RolloutBatch(
-            token_ids_B_T=output.sequences,
-            attention_mask_B_T=torch.cat([prompts.prompt_mask_B_P, mask_B_K], dim=1).long(),
-            prompt_width=width,
-            response_lengths_B=lengths_B,
+        logprobs_B_K = drawn_logprobs(raw, tokens_B_K)
+        return RolloutBatch.join(
+            prompts,
+            tokens_B_K,
+            lengths_B=lengths_B,
             stopped_by_eos_B=stopped_B,
             logprobs_B_K=logprobs_B_K,
-            sampling_logprobs_B_K=torch.where(mask_B_K, of_scores_B_K, torch.zeros_like(logprobs_B_K)),
+            sampling_logprobs_B_K=torch.zeros_like(logprobs_B_K)
+            if is_greedy
+            else drawn_logprobs(list(output.scores), tokens_B_K),
         )
 
 

@@ -15,13 +15,13 @@ from esr_distill.rollout.decode_masks import make_decode_masks
 from esr_distill.rollout.decode_rows import DecodeRows, DecodeStep, select_rows, write_rows
 from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.rollout.prefill import prefill
-from esr_distill.rollout.rollout_batch import RolloutBatch, response_mask
+from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_distill.rollout.rollout_request import RolloutRequest, check_request
 from esr_distill.rollout.static_cache import RolloutCache
 from esr_kernels import Impl, SamplerState, is_native_sampler_built, sample_tokens
 
 STEPS_BETWEEN_POLLS = 16  # of a GPU's number of running rows
-STEPS_PER_SEGMENT = {"cpu": 32, "cuda": 128}
+STEPS_PER_SEGMENT, STEPS_PER_SEGMENT_ON_GPU = 32, 128
 PROMPT_COLUMNS = 64  # on a GPU prompts end at a multiple of this, so that few widths need a graph of their own
 
 
@@ -44,6 +44,7 @@ class InProcessBackend:
         compile_backend: torch.compile the step with this backend ("inductor"), None leaves it eager.
         steps_per_segment: tokens between two looks at which rows have finished; 32 on a CPU, 128 on a GPU if None.
         console: where rebuilt graphs are reported.
+        capture: makes of a step and a memory pool the call that replays it; tests put their own in its place.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class InProcessBackend:
             del prefilled
             order_B, state = torch.arange(batch_size, device=device), whole
             position_B_1 = prompts.prompt_mask_B_P.sum(-1, keepdim=True)
+            usual_steps = STEPS_PER_SEGMENT_ON_GPU if device.type == "cuda" else STEPS_PER_SEGMENT
             end = column + request.horizon - 1  # the last token that is drawn is never fed
             while column < end:
                 kept_B = self._rows_to_keep(state, order_B)
@@ -128,7 +130,7 @@ class InProcessBackend:
                         write_rows(whole, order_B, state)
                     self.cache.move_rows(kept_B, column)
                     order_B, state, position_B_1 = order_B[kept_B], select_rows(state, kept_B), position_B_1[kept_B]
-                num_steps = min(self.steps_per_segment or STEPS_PER_SEGMENT[device.type], end - column)
+                num_steps = min(self.steps_per_segment or usual_steps, end - column)
                 rows = self._rows(state, position_B_1)
                 self._segment(model, rows, prompt_mask_B_C[order_B], column, num_steps, request, impl)
                 state, position_B_1, column = rows.state, rows.position_B_1, column + num_steps
@@ -232,11 +234,10 @@ class InProcessBackend:
             replay()
 
     def _run_eagerly(self, step: DecodeStep, column: int, num_steps: int) -> None:
-        """On a CPU a step sees no more columns than are written, and every step is asked whether it is the last."""
-        is_cpu = step.step_1.device.type == "cpu"
-        poll = None if is_cpu else ActivePoll(step.rows.state.active)
+        """Off a GPU a step sees no more columns than are written, and every step is asked whether it is the last."""
+        poll = ActivePoll(step.rows.state.active) if step.step_1.is_cuda else None
         for done in range(num_steps):
-            if is_cpu:
+            if poll is None:
                 # a compiled step has the shapes that it was compiled for
                 step.visible = column + done + 1 if self.compile_backend is None else step.visible
                 if step.rows.state.active.item() == 0:
@@ -279,15 +280,11 @@ def new_state(prompts: PromptBatch, request: RolloutRequest) -> SamplerState:
 
 
 def collect_rollouts(prompts: PromptBatch, state: SamplerState) -> RolloutBatch:
-    """Join prompts and drawn tokens, cut to the longest response."""
-    width = int(state.lengths_B.max())
-    response_mask_B_K = response_mask(state.lengths_B, width)
-    return RolloutBatch(
-        token_ids_B_T=torch.cat([prompts.prompt_ids_B_P, state.token_ids_B_K[:, :width]], dim=1),
-        attention_mask_B_T=torch.cat([prompts.prompt_mask_B_P, response_mask_B_K], dim=1).long(),
-        prompt_width=prompts.prompt_ids_B_P.shape[1],
-        response_lengths_B=state.lengths_B,
+    return RolloutBatch.join(
+        prompts,
+        state.token_ids_B_K,
+        lengths_B=state.lengths_B,
         stopped_by_eos_B=state.stopped_by_eos_B,
-        logprobs_B_K=state.logprobs_B_K[:, :width],
-        sampling_logprobs_B_K=state.sampling_logprobs_B_K[:, :width],
+        logprobs_B_K=state.logprobs_B_K,
+        sampling_logprobs_B_K=state.sampling_logprobs_B_K,
     )

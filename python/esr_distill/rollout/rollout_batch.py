@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esr_distill.prompts import PromptBatch
+
 
 @dataclass(frozen=True)
 class RolloutBatch:
@@ -30,6 +32,30 @@ class RolloutBatch:
     logprobs_B_K: Tensor
     sampling_logprobs_B_K: Tensor
 
+    @classmethod
+    def join(
+        cls,
+        prompts: PromptBatch,
+        response_ids_B_K: Tensor,
+        *,
+        lengths_B: Tensor,
+        stopped_by_eos_B: Tensor,
+        logprobs_B_K: Tensor,
+        sampling_logprobs_B_K: Tensor,
+    ) -> "RolloutBatch":
+        """Prompts and responses, cut to the longest one; log-probs past a response's end become 0."""
+        width = int(lengths_B.max())
+        mask_B_K = response_mask(lengths_B, width)
+        return cls(
+            token_ids_B_T=torch.cat([prompts.prompt_ids_B_P, response_ids_B_K[:, :width]], dim=1),
+            attention_mask_B_T=torch.cat([prompts.prompt_mask_B_P, mask_B_K], dim=1).long(),
+            prompt_width=prompts.prompt_ids_B_P.shape[1],
+            response_lengths_B=lengths_B,
+            stopped_by_eos_B=stopped_by_eos_B,
+            logprobs_B_K=logprobs_B_K[:, :width].masked_fill(~mask_B_K, 0.0),
+            sampling_logprobs_B_K=sampling_logprobs_B_K[:, :width].masked_fill(~mask_B_K, 0.0),
+        )
+
     @property
     def batch_size(self) -> int:
         return self.token_ids_B_T.shape[0]
@@ -41,6 +67,16 @@ class RolloutBatch:
     @property
     def position_ids_B_T(self) -> Tensor:
         return position_ids(self.attention_mask_B_T)
+
+
+def prompt_inputs(prompts: PromptBatch) -> dict[str, Tensor]:
+    """What a model is given to read the prompts, each prompt once however many samples it has."""
+    mask_U_P = prompts.prompt_mask_B_P[:: prompts.samples_per_prompt].long()
+    return {
+        "input_ids": prompts.prompt_ids_B_P[:: prompts.samples_per_prompt],
+        "attention_mask": mask_U_P,
+        "position_ids": position_ids(mask_U_P),
+    }
 
 
 def position_ids(attention_mask_B_T: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def check_request(model: PreTrainedModel, prompts: PromptBatch, request: Rollout
     _require(request.horizon >= 1, "horizon", ">= 1", request.horizon)
     _require(1 <= limit <= width, "vocab_size", f"in [1, {width}]", request.vocab_size)
     for eos_id in request.eos_ids:
-        _require(0 <= eos_id < limit, "eos_ids", f"below the vocabulary size {limit}", eos_id)
+        _require(0 <= eos_id < limit, "eos_ids", f"in [0, {limit}), the vocabulary", eos_id)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     _require(request.pad_id is not None, "pad_id", "an id of the vocabulary", None)
     _require(0 <= request.pad_id < num_embeddings, "pad_id", f"in [0, {num_embeddings})", request.pad_id)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from esr_distill.input_error import InputError
 from esr_distill.prompts import PromptBatch
-from esr_distill.rollout.rollout_batch import RolloutBatch, response_mask
+from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_distill.rollout.rollout_request import RolloutRequest, check_request
 from esr_distill.rollout.vllm_http import VllmHttp
 from esr_distill.rollout.vllm_request import check_sampler, row_seed, sampling_fields
@@ -182,18 +182,16 @@ def collect_rows(
     after = [width - len(row.token_ids) for row in rows]
     ids = [row.token_ids + [request.pad_id] * count for row, count in zip(rows, after, strict=True)]
     reported = [row.logprobs + [0.0] * count for row, count in zip(rows, after, strict=True)]
-    response_mask_B_K = response_mask(lengths_B, width)
     logprobs_B_K, sampling_logprobs_B_K = split_logprobs(
         torch.tensor(reported, dtype=torch.float32, device=device), mode, request.sampler, is_cut
     )
-    return RolloutBatch(
-        token_ids_B_T=torch.cat([prompts.prompt_ids_B_P, torch.tensor(ids, device=device)], dim=1),
-        attention_mask_B_T=torch.cat([prompts.prompt_mask_B_P, response_mask_B_K], dim=1).long(),
-        prompt_width=prompts.prompt_ids_B_P.shape[1],
-        response_lengths_B=lengths_B,
+    return RolloutBatch.join(
+        prompts,
+        torch.tensor(ids, device=device),
+        lengths_B=lengths_B,
         stopped_by_eos_B=torch.tensor([row.stopped_by_eos for row in rows], device=device),
-        logprobs_B_K=logprobs_B_K.masked_fill(~response_mask_B_K, 0.0),
-        sampling_logprobs_B_K=sampling_logprobs_B_K.masked_fill(~response_mask_B_K, 0.0),
+        logprobs_B_K=logprobs_B_K,
+        sampling_logprobs_B_K=sampling_logprobs_B_K,
     )
 
 
