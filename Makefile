@@ -34,10 +34,10 @@ kernels: $(INSTALLED)  ## registers, shared memory and spills of every kernel on
 	$(BIN)/python tests/kernels/compiled_kernels.py
 
 bench: $(INSTALLED)  ## on a CUDA machine: time the ops, each behind its correctness gate (CASES=K1,L1 OUT=folder)
-	$(BIN)/python bench/bench_ops.py $(if $(CASES),--cases $(CASES)) $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m bench.bench_ops $(if $(CASES),--cases $(CASES)) $(if $(OUT),--out $(OUT))
 
 bench-smoke: $(INSTALLED)  ## every case of the benchmark on tiny shapes, no GPU needed; its times mean nothing
-	TRITON_INTERPRET=1 $(BIN)/python bench/bench_ops.py --smoke
+	TRITON_INTERPRET=1 $(BIN)/python -m bench.bench_ops --smoke
 
 check: $(INSTALLED)  ## report lint and format errors; changes no file
 	$(BIN)/ruff check .

@@ -1,13 +1,12 @@
 """Times of the fused ops on a GPU, each behind its correctness gate, against what torch offers and the peers.
 
-python bench/bench_ops.py                           # results to bench/results/ and the GPU's name
-python bench/bench_ops.py --cases tiles,slices
-TRITON_INTERPRET=1 python bench/bench_ops.py --smoke     # results to runs/bench-smoke
+python -m bench.bench_ops                           # results to bench/results/ and the GPU's name
+python -m bench.bench_ops --cases tiles,slices
+TRITON_INTERPRET=1 python -m bench.bench_ops --smoke     # results to runs/bench-smoke
 
-Cases: K1 to K3 in bench/logit_cases.py, L1 to L5 and L7 in bench/linear_cases.py, L6 in bench/topk_cases.py, B1, B2 and B4 in
-bench/prefix_cases.py, C1 to C3 in bench/sampler_cases.py, the sweeps in bench/sweeps.py. After each group of rows the result
-file is written whole: a run that is killed keeps what it has measured. The exit status is 1 when one of our own rows was
-refused or failed.
+Cases, in bench/cases: K1 to K3 logit_cases.py, L1 to L5 and L7 linear_cases.py, L6 topk_cases.py, B1, B2 and B4 prefix_cases.py,
+C1 to C3 sampler_cases.py, and sweeps.py. After each group of rows the result file is written whole: a run that is killed keeps
+what it has measured. The exit status is 1 when one of our own rows was refused or failed.
 
 --smoke runs every case on a CPU, the kernels in Triton's interpreter and the sampler natively, on tiny shapes, to prove that
 all run and all gates hold. Its times mean nothing and it writes nowhere under bench/results.
@@ -22,20 +21,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from ceilings import Ceilings
-from comparison import Group, derived, measured_rows
-from linear_cases import l1_groups, l2_groups, l3_groups, l4_groups, l5_groups, l7_groups
-from logit_cases import k1_groups, k2_groups, k3_groups
-from ops_report import measured, write_report
-from prefix_cases import b1_groups, b2_groups, b4_groups
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sampler_cases import c1_groups, c2_groups, c3_groups
-from settings import Settings, full_settings, smoke_settings
-from sweeps import slice_groups, tile_groups
-from timing import Budget, Stopwatch
-from topk_cases import l6_groups
 
+from bench.cases.comparison import Group, derived, measured_rows
+from bench.cases.linear_cases import l1_groups, l2_groups, l3_groups, l4_groups, l5_groups, l7_groups
+from bench.cases.logit_cases import k1_groups, k2_groups, k3_groups
+from bench.cases.prefix_cases import b1_groups, b2_groups, b4_groups
+from bench.cases.sampler_cases import c1_groups, c2_groups, c3_groups
+from bench.cases.settings import Settings, full_settings, smoke_settings
+from bench.cases.sweeps import slice_groups, tile_groups
+from bench.cases.topk_cases import l6_groups
+from bench.ceilings import Ceilings
+from bench.reports.ops_report import measured, write_report
+from bench.timing import Budget, Stopwatch
 from esr_distill.complete_files import write_json
 from esr_distill.machine import machine_record
 
@@ -200,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         for written in write_report(results, path):
             print_line(console, f"{written} written")
     except ImportError as error:  # matplotlib is not everywhere where a GPU is
-        console.print(f"no figure: {error}; python bench/ops_report.py {path} draws it elsewhere", soft_wrap=True)
+        console.print(
+            f"no figure: {error}; python -m bench.reports.ops_report {path} draws it elsewhere", soft_wrap=True
+        )
     failures = our_failures(results)
     for row in failures:
         print_line(console, f"error: {summary_line(row)}")

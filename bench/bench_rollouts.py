@@ -1,8 +1,8 @@
 """D1 and D2: how fast rollouts are drawn, by the in-process engine and by transformers' `generate`.
 
-python bench/bench_rollouts.py                                        # on a GPU: shapes of Qwen3-0.6B and 1.7B, random weights
-python bench/bench_rollouts.py --models folder --batch-sizes 16       # a saved model; on a CPU too
-python bench/bench_rollouts.py --smoke                                # tiny shapes; its times mean nothing
+python -m bench.bench_rollouts                                        # on a GPU: shapes of Qwen3-0.6B and 1.7B, random weights
+python -m bench.bench_rollouts --models folder --batch-sizes 16       # a saved model; on a CPU too
+python -m bench.bench_rollouts --smoke                                # tiny shapes; its times mean nothing
 
 Every rollout has the whole horizon: no id ends it. Temperature 0.7 and top-p 0.95, the trainer's defaults, for all. Gate: greedy
 tokens of the engine must be those of `generate`, in float32 all of them; in 16 bits ties are rounded apart, so there the share of
@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from ceilings import Ceilings
-from record_demo import RESULTS, ROOT, machine_folder
 from rich.console import Console
-from rollout_models import SHAPES, make_model, make_prompts, step_bytes
-from timing import Stopwatch
 from transformers import GenerationConfig, PreTrainedModel
 
+from bench.ceilings import Ceilings
+from bench.record_demo import RESULTS, ROOT, machine_folder
+from bench.rollout_models import SHAPES, make_model, make_prompts, step_bytes
+from bench.timing import Stopwatch
 from esr_distill.complete_files import write_json
 from esr_distill.hidden_states import last_hidden_states, output_head
 from esr_distill.input_error import InputError

@@ -1,11 +1,11 @@
 """How long the native sampler takes on a CPU, against torch.multinomial and the warpers of Hugging Face, at 64 rows.
 
-python bench/bench_sampler_cpu.py                   # a few minutes on two cores; bench/results, by the processor's name
-python bench/bench_sampler_cpu.py --smoke           # tiny shapes; its times mean nothing
+python -m bench.bench_sampler_cpu                   # a few minutes on two cores; bench/results, by the processor's name
+python -m bench.bench_sampler_cpu --smoke           # tiny shapes; its times mean nothing
 
-Inputs, candidates and gate are those of bench/sampler_cases.py. Candidates of a setting take turns; the PyTorch reference, which
-the gate compares with, is timed once. The target: ours, with its two log-probs, not slower than torch.multinomial of the softmax
-and a gather of the log-softmax. The file is written whole after each setting; the exit status is 1 where ours was refused.
+Inputs, candidates and gate are those of bench/cases/sampler_cases.py. Candidates of a setting take turns; the PyTorch reference,
+which the gate compares with, is timed once. The target: ours, with its two log-probs, not slower than torch.multinomial of the
+softmax and a gather of the log-softmax. The file is written whole after each setting; the exit status is 1 where ours was refused.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from comparison import Group, measured_rows
-from logit_precision_report import markdown
-from record_demo import RESULTS, ROOT, machine_folder
 from rich.console import Console
 from rich.progress import Progress
-from sampler_cases import HUGGING_FACE, MULTINOMIAL, NO_FILTER, USUAL, WITH_LOGPROBS, sampler_group
-from settings import full_settings, smoke_settings
-from timing import Budget, Stopwatch
 
+from bench.cases.comparison import Group, measured_rows
+from bench.cases.sampler_cases import HUGGING_FACE, MULTINOMIAL, NO_FILTER, USUAL, WITH_LOGPROBS, sampler_group
+from bench.cases.settings import full_settings, smoke_settings
+from bench.record_demo import RESULTS, ROOT, machine_folder
+from bench.reports.logit_precision_report import markdown
+from bench.timing import Budget, Stopwatch
 from esr_distill.complete_files import write_json
 from esr_distill.machine import machine_record
 from esr_kernels import Impl, sample_tokens

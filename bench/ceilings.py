@@ -14,8 +14,9 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from timing import Stopwatch, summary
 from torch import Tensor
+
+from bench.timing import Stopwatch, summary
 
 REPETITIONS = 20
 WARM_UP_CALLS = 3

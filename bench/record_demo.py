@@ -1,6 +1,6 @@
 """Keep a finished demo: its result file goes to bench/results with a picture drawn from it, its table into the README.
 
-make demo && .venv/bin/python bench/record_demo.py runs/demo
+make demo && .venv/bin/python -m bench.record_demo runs/demo
 """
 
 import argparse

@@ -60,13 +60,13 @@ PEER_MODULES = {
 def peers(bench, monkeypatch):
     for name, contents in PEER_MODULES.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**contents))
-    return bench("peers")
+    return bench("baselines.peers")
 
 
 @pytest.fixture
 def rollouts(bench):
-    settings = bench("settings").smoke_settings()
-    return bench("rollouts").make_rollouts(settings, 16, start=START, tokens=HORIZON, dtype=torch.float32)
+    settings = bench("cases.settings").smoke_settings()
+    return bench("cases.prefix_rollouts").make_rollouts(settings, 16, start=START, tokens=HORIZON, dtype=torch.float32)
 
 
 def check_logprobs(baselines, function, rollouts):
@@ -82,7 +82,7 @@ def check_logprobs(baselines, function, rollouts):
 
 
 def test_log_probs_written_in_pytorch_are_those_of_the_reference(bench, rollouts):
-    baselines = bench("baselines")
+    baselines = bench("baselines.pytorch")
     of_rows = baselines.of_response_rows(baselines.logprobs_of_rows, START, HORIZON)
     check_logprobs(baselines, of_rows, rollouts)
     check_logprobs(baselines, baselines.of_whole_sequences(START, HORIZON), rollouts)
@@ -92,13 +92,13 @@ def test_log_probs_written_in_pytorch_are_those_of_the_reference(bench, rollouts
     "name", ["TRL chunked log-prob", "Liger fused_linear_scaled_cross_entropy", "verl linear_cross_entropy"]
 )
 def test_log_probs_of_a_peer_have_its_arguments_and_our_sign(bench, peers, rollouts, name):
-    baselines = bench("baselines")
+    baselines = bench("baselines.pytorch")
     check_logprobs(baselines, baselines.of_response_rows(peers.LOGPROB_PEERS[name], START, HORIZON), rollouts)
 
 
 def test_a_peer_whose_backward_cannot_be_imported_is_not_installed(bench, peers, rollouts, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)
-    baselines = bench("baselines")
+    baselines = bench("baselines.pytorch")
     function = baselines.of_response_rows(peers.trl_logprobs, START, HORIZON)
     assert set(baselines.run_on_rollouts(function, rollouts, None, trained=())) == {"logprobs"}
     with pytest.raises(peers.NotInstalled, match="TRL: .*trl.trainer.utils"):
@@ -106,7 +106,7 @@ def test_a_peer_whose_backward_cannot_be_imported_is_not_installed(bench, peers,
 
 
 def test_top_k_divergence_written_in_pytorch_is_that_of_the_reference(bench):
-    baselines = bench("baselines")
+    baselines = bench("baselines.pytorch")
     inputs, upstream_N = make_topk_inputs(Shape(5, 67, 8, 9), 6), make_upstream(5, seed=4)
     expected = evaluate_topk_divergence(inputs, ForwardKL(), upstream_N, impl=Impl.REFERENCE, trained=TRAINED)
     results = baselines.run_on_topk(baselines.forward_kl_with_tail, inputs, upstream_N, trained=TRAINED)
@@ -116,7 +116,7 @@ def test_top_k_divergence_written_in_pytorch_is_that_of_the_reference(bench):
 
 
 def test_verls_top_k_divergence_lacks_the_term_of_the_tail(bench, peers):
-    baselines = bench("baselines")
+    baselines = bench("baselines.pytorch")
     inputs, upstream_N = make_topk_inputs(Shape(5, 67, 8, 9), 6), make_upstream(5, seed=4)
     student_N_K = torch.log_softmax(inputs.student_head.logits(inputs.student_hidden_N_D).double(), dim=-1)
     student_N_K = student_N_K.gather(-1, inputs.teacher_ids_N_K)

@@ -26,7 +26,7 @@ def group_of(bench, stopwatch):
 
     def make(module, makers, index):
         ceilings = bench("ceilings").Ceilings(stopwatch, is_smoke=True)
-        return getattr(bench(module), makers)(bench("settings").smoke_settings(), ceilings)[index]()
+        return getattr(bench(module), makers)(bench("cases.settings").smoke_settings(), ceilings)[index]()
 
     return make
 
@@ -57,14 +57,14 @@ def with_error_in(name, inputs, upstream, *, op):
 @pytest.mark.parametrize(
     "group, names",
     [
-        (("prefix_cases", "b2_groups", 0), OF_PREFIX + OF_HEAD_TRAINED),
-        (("prefix_cases", "b4_groups", 0), OF_PREFIX + OF_HEAD_TRAINED),
-        (("prefix_cases", "b4_groups", 1), OF_PREFIX),
-        (("topk_cases", "l6_groups", 1), OF_TOPK + OF_HEAD_TRAINED),
+        (("cases.prefix_cases", "b2_groups", 0), OF_PREFIX + OF_HEAD_TRAINED),
+        (("cases.prefix_cases", "b4_groups", 0), OF_PREFIX + OF_HEAD_TRAINED),
+        (("cases.prefix_cases", "b4_groups", 1), OF_PREFIX),
+        (("cases.topk_cases", "l6_groups", 1), OF_TOPK + OF_HEAD_TRAINED),
     ],
 )
 def test_one_percent_in_any_result_is_refused(bench, stopwatch, group_of, monkeypatch, group, names, most_rows):
-    comparison, timing = bench("comparison"), bench("timing")
+    comparison, timing = bench("cases.comparison"), bench("timing")
     monkeypatch.setattr(comparison, "GATE_ROWS", most_rows)
     group = group_of(*group)
     candidates = [
@@ -83,7 +83,7 @@ def test_one_percent_in_any_result_is_refused(bench, stopwatch, group_of, monkey
 @pytest.mark.parametrize("name", ["logprobs", "grad_hidden"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_the_right_numbers_at_another_token_or_rollout_are_refused(bench, stopwatch, group_of, name, axis):
-    group, comparison = group_of("prefix_cases", "b2_groups", 0), bench("comparison")
+    group, comparison = group_of("cases.prefix_cases", "b2_groups", 0), bench("cases.comparison")
 
     def moved(inputs, upstream):
         results = by_reference(inputs, upstream, op=group.setting["op"])

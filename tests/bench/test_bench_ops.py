@@ -33,8 +33,19 @@ def smoke_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    script, cases = str(ROOT / "bench" / "bench_ops.py"), ",".join(ALL_CASES)
-    command = [sys.executable, "-W", "ignore", script, "--smoke", "--out", str(folder), "--cases", cases]
+    cases = ",".join(ALL_CASES)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "bench.bench_ops",
+        "--smoke",
+        "--out",
+        str(folder),
+        "--cases",
+        cases,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
@@ -154,7 +165,7 @@ def test_the_report_says_that_a_smoke_run_means_nothing(smoke, smoke_folder):
 @pytest.fixture
 def group_of(bench):
     """A group of given candidates for reverse KL on a few float32 rows, against the reference."""
-    comparison, logit_cases = bench("comparison"), bench("logit_cases")
+    comparison, logit_cases = bench("cases.comparison"), bench("cases.logit_cases")
     inputs, upstream_N = make_logit_pair(5, 67), make_upstream(5, seed=1)
 
     def make(*candidates):
@@ -192,7 +203,7 @@ def broken(inputs, upstream_N):
 
 
 def test_a_red_gate_is_not_timed_and_costs_the_others_nothing(bench, group_of):
-    comparison, timing, peers = bench("comparison"), bench("timing"), bench("peers")
+    comparison, timing, peers = bench("cases.comparison"), bench("timing"), bench("baselines.peers")
 
     def absent(inputs, upstream_N):
         raise peers.NotInstalled("peer: not here")
@@ -226,7 +237,7 @@ def test_a_red_gate_is_not_timed_and_costs_the_others_nothing(bench, group_of):
 
 
 def test_a_killed_run_keeps_what_it_has(bench, group_of, tmp_path, monkeypatch):
-    main, comparison = bench("bench_ops"), bench("comparison")
+    main, comparison = bench("bench_ops"), bench("cases.comparison")
 
     def killed():
         raise KeyboardInterrupt
@@ -243,7 +254,7 @@ def test_a_killed_run_keeps_what_it_has(bench, group_of, tmp_path, monkeypatch):
     assert [row["implementation"] for row in results["rows"]] == ["ours"]
     assert results["failed_groups"] == [{"case": "K1", "message": "ValueError: no memory for inputs"}]
     assert not results["is_finished"]
-    assert "was not finished" in bench("ops_report").markdown(results)
+    assert "was not finished" in bench("reports.ops_report").markdown(results)
 
 
 def test_a_budget_drops_repetitions_and_never_all(bench):
@@ -263,7 +274,7 @@ def test_summary_is_by_percentiles_and_the_least_host_time(bench):
 
 
 def test_rates_and_ratios(bench):
-    derived = bench("comparison").derived
+    derived = bench("cases.comparison").derived
     memory = {"status": "timed", "median_ms": 2.0, "floor_ms": None, "counted_bytes": 6e9, "schedule_bytes": 8e9}
     assert derived(memory, copy_gb_per_s=4000) == pytest.approx(
         {"gb_per_s": 3000, "share_of_copy": 0.75, "schedule_share_of_copy": 1.0}
@@ -309,16 +320,16 @@ def test_a_prefix_is_compared_with_all_rows_of_the_same_op(bench):
         row | {"implementation": "other op", "horizon": 20, "N": 60, "op": "b"},
         row | {"implementation": "refused", "horizon": 20, "status": "refused"},
     ]
-    assert bench("ops_report").horizon_lines(rows) == [
+    assert bench("reports.ops_report").horizon_lines(rows) == [
         "- a: short takes 0.0400 of the time of full, on 0.0500 of its rows.",
         "- a: short takes 0.0250 of the time of peer, on 0.0500 of its rows.",
         "",
     ]
-    assert bench("ops_report").horizon_lines([{"status": "timed"}]) == []
+    assert bench("reports.ops_report").horizon_lines([{"status": "timed"}]) == []
 
 
 def test_a_sweep_restores_the_constant_and_knows_its_name(bench):
-    sweeps = bench("sweeps")
+    sweeps = bench("cases.sweeps")
     before = sweeps.gradients.SLICE_IDS
     with sweeps.constant_as("SLICE_IDS", 128, (sweeps.gradients,)):
         assert [ids.stop - ids.start for ids in sweeps.gradients.vocab_slices(300)] == [128, 128, 44]

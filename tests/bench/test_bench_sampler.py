@@ -19,7 +19,7 @@ ROWS, VOCAB = 6, 301
 @pytest.fixture
 def inputs_of(bench):
     def make(*settings, kind="LM-like", dtype=torch.bfloat16):
-        module = bench("sampler_inputs")
+        module = bench("cases.sampler_inputs")
         settings = tuple(module.SamplerSetting(**setting) for setting in settings) or (module.SamplerSetting(),)
         (inputs,) = module.make_inputs(settings, kind, (ROWS, VOCAB), dtype, "cpu", copies=1)
         return inputs
@@ -32,7 +32,7 @@ def refusal_of(bench):
     """The gate's reason, or None, for a function from inputs to results."""
 
     def refusal(draw, inputs):
-        gate = bench("sampler_gate")
+        gate = bench("cases.sampler_gate")
         torch.manual_seed(5)
         try:
             gate.SamplerGate(inputs).check(gate.drawn(draw, inputs), norm_limit=0.5)
@@ -60,9 +60,9 @@ def test_the_exact_distribution_is_that_of_the_warpers(bench, inputs_of, setting
     """Without ties, in float64, from the warpers themselves."""
     inputs = inputs_of(setting, dtype=torch.float32)
     logits_B_V = inputs.logits_B_V.double()
-    actual = bench("sampler_gate").ExactDistribution.of(logits_B_V, inputs.parameters)
+    actual = bench("cases.sampler_gate").ExactDistribution.of(logits_B_V, inputs.parameters)
     drawn = []
-    baselines = bench("sampler_baselines")
+    baselines = bench("baselines.sampler_baselines")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "drawn_ids", lambda probs_B_V: drawn.append(probs_B_V))
         draw = baselines.hugging_face.__wrapped__(inputs.settings[0])
@@ -76,7 +76,7 @@ def test_the_exact_distribution_is_that_of_the_warpers(bench, inputs_of, setting
 
 def test_ties_at_the_boundary_are_all_allowed(bench, inputs_of):
     inputs = inputs_of({"top_k": 20, "top_p": 0.95}, kind="flat")
-    actual = bench("sampler_gate").ExactDistribution.of(inputs.logits_B_V, inputs.parameters)
+    actual = bench("cases.sampler_gate").ExactDistribution.of(inputs.logits_B_V, inputs.parameters)
     assert actual.is_allowed_R_V.all()
     torch.testing.assert_close(actual.probs_R_V, torch.full((ROWS, VOCAB), 1 / VOCAB, dtype=torch.float64))
 
@@ -117,7 +117,7 @@ def test_any_id_but_the_hot_one_is_refused(refusal_of, inputs_of):
 
 
 def test_log_probs_of_something_else_are_refused(bench, refusal_of, inputs_of):
-    inputs, baselines = inputs_of(), bench("sampler_baselines")
+    inputs, baselines = inputs_of(), bench("baselines.sampler_baselines")
     draw = baselines.with_logprobs(baselines.multinomial)
     assert refusal_of(draw, inputs) is None
 
@@ -132,8 +132,8 @@ def test_log_probs_of_something_else_are_refused(bench, refusal_of, inputs_of):
 @pytest.mark.parametrize("name", ["token_ids", "logprobs", "sampling_logprobs"])
 def test_one_changed_bit_of_ours_is_refused(bench, inputs_of, name, setting):
     inputs = inputs_of(setting)
-    results = bench("sampler_cases").our_sampler(inputs).results(None, None)
-    gate = bench("sampler_gate").SamplerGate(inputs)
+    results = bench("cases.sampler_cases").our_sampler(inputs).results(None, None)
+    gate = bench("cases.sampler_gate").SamplerGate(inputs)
     gate.check(results)
     changed = results[name].clone()
     bits = changed.view(torch.int32) if name != "token_ids" else changed
@@ -147,20 +147,20 @@ def test_ours_without_its_filters_is_refused(bench, inputs_of):
     inputs = inputs_of(SETTINGS["usual"])
     inputs.state.top_k_B.zero_()
     inputs.state.top_p_B.fill_(1)
-    results = bench("sampler_cases").our_sampler(inputs).results(None, None)
+    results = bench("cases.sampler_cases").our_sampler(inputs).results(None, None)
     with pytest.raises(AssertionError, match="differ from the reference"):
-        bench("sampler_gate").SamplerGate(inputs).check(results)
+        bench("cases.sampler_gate").SamplerGate(inputs).check(results)
 
 
 def small_group(bench, change=lambda candidate: candidate, **setting):
-    settings = bench("settings").smoke_settings()
-    group = bench("sampler_cases").c1_groups(settings)[1]()
+    settings = bench("cases.settings").smoke_settings()
+    group = bench("cases.sampler_cases").c1_groups(settings)[1]()
     return replace(group, candidates=[change(group.candidates[0])], **setting)
 
 
 def measure(bench, group):
     timing = bench("timing")
-    (row,) = bench("comparison").measured_rows(
+    (row,) = bench("cases.comparison").measured_rows(
         group, timing.Stopwatch(torch.device("cpu")), timing.Budget(1.0, 1, fewest=4, most=4)
     )
     return row
@@ -193,13 +193,13 @@ def test_timed_calls_on_finished_rows_are_refused(bench):
 
 
 def test_a_state_that_runs_out_of_slots_is_refused(bench):
-    slots = bench("sampler_inputs").SLOTS
+    slots = bench("cases.sampler_inputs").SLOTS
     row = measure(bench, small_group(bench, calls_per_sample=slots))
     assert row["status"] == "refused" and "0 rows are still running" in row["message"]
 
 
 def test_a_sample_of_several_calls_is_divided(bench):
-    comparison, timing = bench("comparison"), bench("timing")
+    comparison, timing = bench("cases.comparison"), bench("timing")
     timed = object.__new__(comparison.Timed)
     timed.stalled, timed.host_ms = None, 0.25
     timed.burst = SimpleNamespace(num_calls=20, is_captured=True)
@@ -238,7 +238,7 @@ def test_ratios_to_others_and_to_lm_like_logits(bench):
         place = {"case": "C1", "B": 32, "V": 9, "dtype": "bfloat16", "sampler": "T 1", "logits": logits, "inputs": 1}
         return {**place, **kind, "implementation": name, "status": "timed", "median_ms": median_ms}
 
-    report = bench("sampler_report")
+    report = bench("reports.sampler_report")
     rows = [row("ours", 0.01), row("eager", 0.05), row("race", 0.04), row("race, log-probs", 0.08, has_logprobs=True)]
     rows += [row("vLLM", 0.02), row("vLLM", 0.001) | {"status": "refused"}, row("eager", 0.001, logits="flat")]
     assert report.against_others(rows) == [

@@ -14,15 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from esr_kernels import ForwardKL, GeneralizedJSD, Impl, ReverseKL, token_divergence
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--rows", "6", "--vocab-size", "3001", "--hidden-size", "16", "--confident-rows", "3"]
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "bench"))
-        yield importlib.import_module("logit_precision")
+    return importlib.import_module("bench.precision.logit_precision")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +9,10 @@ import torch
 
 from esr_kernels import ForwardKL, Impl, ReverseKL, gather_logprobs, topk_divergence
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def experiment():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "bench"))
-        yield importlib.import_module("logprob_precision")
+    return importlib.import_module("bench.precision.logprob_precision")
 
 
 @pytest.fixture(scope="module")

@@ -162,14 +162,14 @@ MODULES = {
 def test_a_peer_draws_from_the_distribution_asked_for(bench, monkeypatch, name, setting, has_logprobs):
     for module, contents in MODULES.items():
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**contents))
-    cases, gate = bench("sampler_cases"), bench("sampler_gate")
+    cases, gate = bench("cases.sampler_cases"), bench("cases.sampler_gate")
     settings = [cases.NO_FILTER, *((one,) for one in cases.USUAL), cases.MIXED][setting]
-    make_inputs = bench("sampler_inputs").make_inputs
+    make_inputs = bench("cases.sampler_inputs").make_inputs
     dtype = torch.bfloat16 if has_logprobs else torch.float32  # float32 logits must not be changed in place
     (inputs,) = make_inputs(settings, "LM-like", (ROWS, VOCAB), dtype, "cpu", copies=1)
     logits_B_V = inputs.logits_B_V.clone()
     torch.manual_seed(3)
-    results = gate.drawn(bench("sampler_peers").SAMPLER_PEERS[name][has_logprobs], inputs)
+    results = gate.drawn(bench("baselines.sampler_peers").SAMPLER_PEERS[name][has_logprobs], inputs)
     assert set(results) == {"token_ids", *(["logprobs"] if has_logprobs else [])}
     gate.SamplerGate(inputs).check(results, norm_limit=0.5)
     assert torch.equal(inputs.logits_B_V, logits_B_V)
@@ -180,10 +180,10 @@ def test_a_peer_draws_from_the_distribution_asked_for(bench, monkeypatch, name, 
 def test_a_peer_that_is_not_installed_says_so(bench, monkeypatch):
     for module in MODULES:
         monkeypatch.setitem(sys.modules, module, None)
-    settings = bench("settings").smoke_settings()
-    group = bench("sampler_cases").c2_groups(settings)[0]()
+    settings = bench("cases.settings").smoke_settings()
+    group = bench("cases.sampler_cases").c2_groups(settings)[0]()
     peers = [candidate for candidate in group.candidates if candidate.facts["is_peer"]]
     assert [peer.name for peer in peers] == ["FlashInfer", "FlashInfer, log-probs", "vLLM", "vLLM, log-probs"]
     for peer in peers:
-        with pytest.raises(bench("peers").NotInstalled, match=f"^{peer.name.split(',')[0]}: "):
+        with pytest.raises(bench("baselines.peers").NotInstalled, match=f"^{peer.name.split(',')[0]}: "):
             peer.run(group.inputs[0], None)

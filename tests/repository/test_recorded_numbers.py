@@ -1,26 +1,17 @@
 """Do the numbers in the documents come from committed result files?  pytest tests/repository/test_recorded_numbers.py"""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from bench import record_demo
+from bench.precision import logprob_precision
+from bench.reports import cpu_tables, logit_precision_report
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = sorted((ROOT / "bench" / "results").glob("*/demo-*.json"))
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def record_demo():
-    return load_script("record_demo")
 
 
 def test_both_tasks_are_recorded():
@@ -28,7 +19,7 @@ def test_both_tasks_are_recorded():
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_row_of_the_readme_table_is_in_a_result_file(path, record_demo):
+def test_every_row_of_the_readme_table_is_in_a_result_file(path):
     rows = [
         line for line in record_demo.markdown_table(json.loads(path.read_text())).splitlines() if line.startswith("|")
     ]
@@ -37,31 +28,29 @@ def test_every_row_of_the_readme_table_is_in_a_result_file(path, record_demo):
     assert all(row in readme for row in rows)
 
 
-def test_the_tables_of_the_numerics_are_those_of_the_result_files(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+def test_the_tables_of_the_numerics_are_those_of_the_result_files():
     tables = {}
     for experiment, script in (
-        ("logit_precision", "logit_precision_report"),
-        ("logprob_precision", "logprob_precision"),
+        ("logit_precision", logit_precision_report),
+        ("logprob_precision", logprob_precision),
     ):
         results = json.loads((ROOT / "bench" / "results" / "amd-epyc" / f"{experiment}.json").read_text())
-        tables |= load_script(script).tables(results)
+        tables |= script.tables(results)
     document = (ROOT / "docs" / "numerics.md").read_text()
     recorded = re.findall(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", document, re.DOTALL)
     assert len(tables) == 8
     assert dict(recorded) == tables
 
 
-def test_the_tables_of_the_benchmark_page_are_those_of_the_result_files(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+def test_the_tables_of_the_benchmark_page_are_those_of_the_result_files():
     document = (ROOT / "docs" / "benchmarks.md").read_text()
     recorded = dict(re.findall(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", document, re.DOTALL))
-    tables = load_script("cpu_tables").tables()
+    tables = cpu_tables.tables()
     assert set(tables) == {"sampler-cpu", "rollouts-cpu"} and recorded == tables
     assert all(table.count("\n") > 5 for table in tables.values())
 
 
-def test_a_block_is_replaced_whole_and_a_missing_one_is_an_error(record_demo):
+def test_a_block_is_replaced_whole_and_a_missing_one_is_an_error():
     text = "a\n<!-- demo-x -->\nold\nold\n<!-- end demo-x -->\nb\n"
     assert record_demo.replace_block(text, "demo-x", "new") == "a\n<!-- demo-x -->\nnew\n<!-- end demo-x -->\nb\n"
     with pytest.raises(ValueError, match="the document must hold <!-- demo-y -->"):

@@ -1,7 +1,7 @@
 """The tables of C1 to C3, in microseconds, and what follows from them."""
 
-from comparison import derived
-from sampler_inputs import LM_LIKE
+from bench.cases.comparison import derived
+from bench.cases.sampler_inputs import LM_LIKE
 
 SAMPLER_COLUMNS = (
     "logits",

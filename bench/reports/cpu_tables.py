@@ -1,13 +1,13 @@
 """The tables of docs/benchmarks.md that were measured on a CPU, from their result files.
 
-python bench/cpu_tables.py              # writes them into the page
+python -m bench.reports.cpu_tables              # writes them into the page
 """
 
 import json
 import sys
 
-from logit_precision_report import markdown
-from record_demo import RESULTS, ROOT, replace_block
+from bench.record_demo import RESULTS, ROOT, replace_block
+from bench.reports.logit_precision_report import markdown
 
 FOLDER = RESULTS / "amd-epyc"
 PAGE = ROOT / "docs" / "benchmarks.md"

@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from ceilings import product_in_float32
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.ceilings import product_in_float32
 from esr_kernels import OutputHead
 from esr_kernels.testing.inputs import LinearInputs, LogitPair
 from esr_kernels.testing.logprob_inputs import PrefixInputs, TopkInputs

@@ -1,7 +1,7 @@
 """How exact is the gradient of a divergence when logits, or the gradient of the logits, are stored in 16 bits?
 
 make demo-real                                # once, for the rows of a real model
-python bench/logit_precision.py --model runs/demo-real/models/SmolLM2-135M-Instruct
+python -m bench.precision.logit_precision --model runs/demo-real/models/SmolLM2-135M-Instruct
 
 Two minutes on one core; tables, JSON and figure go to runs/logit_precision. Without --model only drawn rows are measured;
 with --record, which needs --model, bench/results, docs/figures and the tables of docs/numerics.md are brought up to date.
@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from logit_precision_report import tables, write_figure
-from logit_rows import RowSource, drawn_rows, model_rows
-from record_demo import RESULTS, ROOT, machine_folder, replace_block
 from rich.console import Console
 from rich.progress import Progress
 
+from bench.precision.logit_rows import RowSource, drawn_rows, model_rows
+from bench.record_demo import RESULTS, ROOT, machine_folder, replace_block
+from bench.reports.logit_precision_report import tables, write_figure
 from esr_distill.complete_files import write_json, write_text
 from esr_distill.machine import machine_record
 

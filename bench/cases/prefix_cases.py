@@ -5,14 +5,17 @@
     B4  the prefix of 100 tokens against all 2000 tokens of the same rollouts, from hidden states with backward, and from logits
         without: what Early Stopping Rollout saves by itself, at any quality of kernel
 
-Inputs and gate: `bench/rollouts.py`.
+Inputs and gate: `bench/cases/prefix_rollouts.py`.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from baselines import (
+from torch import Tensor
+
+from bench.baselines.peers import LOGPROB_PEERS
+from bench.baselines.pytorch import (
     compiled,
     logprobs_of_logits,
     logprobs_of_rows,
@@ -21,14 +24,11 @@ from baselines import (
     results_of,
     run_on_rollouts,
 )
-from ceilings import Ceilings, LinearWork
-from comparison import SOMETHING_ELSE, Candidate, Group, Run
-from our_candidates import AUTO, FLOAT32, TILE_RELATIVE, LinearOpCall, Setting, our_candidate
-from peers import LOGPROB_PEERS
-from rollouts import GateSlots, LogitRollouts, logits_gate, logits_of, make_rollouts, prefix_gate
-from settings import Settings
-from torch import Tensor
-
+from bench.cases.comparison import SOMETHING_ELSE, Candidate, Group, Run
+from bench.cases.our_candidates import AUTO, FLOAT32, TILE_RELATIVE, LinearOpCall, Setting, our_candidate
+from bench.cases.prefix_rollouts import GateSlots, LogitRollouts, logits_gate, logits_of, make_rollouts, prefix_gate
+from bench.cases.settings import Settings
+from bench.ceilings import Ceilings, LinearWork
 from esr_kernels import Impl, prefix_logprobs
 from esr_kernels.testing.inputs import make_upstream
 from esr_kernels.testing.logprob_inputs import PrefixInputs

@@ -1,20 +1,20 @@
 """L6: `topk_divergence`, forward KL against a teacher known at its K likeliest ids, the rest in a tail bucket.
 
 Forward and backward with a trained head; nothing of the teacher is projected, so the floor is three products. Upstream
-gradients and the gate are those of `bench/linear_cases.py`.
+gradients and the gate are those of `bench/cases/linear_cases.py`.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from baselines import compiled, forward_kl_with_tail, run_on_topk
-from ceilings import Ceilings, LinearWork
-from comparison import SOMETHING_ELSE, Candidate, Gate, Group, at_rows, gate_rows, only_at
-from our_candidates import FLOAT32, TILE_RELATIVE, LinearOpCall, our_candidate
-from peers import TOPK_PEERS
-from settings import Settings
 
+from bench.baselines.peers import TOPK_PEERS
+from bench.baselines.pytorch import compiled, forward_kl_with_tail, run_on_topk
+from bench.cases.comparison import SOMETHING_ELSE, Candidate, Gate, Group, at_rows, gate_rows, only_at
+from bench.cases.our_candidates import FLOAT32, TILE_RELATIVE, LinearOpCall, our_candidate
+from bench.cases.settings import Settings
+from bench.ceilings import Ceilings, LinearWork
 from esr_kernels import ForwardKL, Impl, LogitStorage
 from esr_kernels.testing.inputs import make_upstream
 from esr_kernels.testing.logprob_inputs import TopkInputs, make_topk_inputs

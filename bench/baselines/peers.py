@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from baselines import DivergenceOfIds, LogprobsOfRows, results_of, student_leaves
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.baselines.pytorch import DivergenceOfIds, LogprobsOfRows, results_of, student_leaves
 from esr_kernels.testing.inputs import LinearInputs
 from esr_kernels.testing.oracle import Results
 

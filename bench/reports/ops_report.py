@@ -1,6 +1,6 @@
 """Tables and the figure of a result file of bench/bench_ops.py, also for one that was brought from elsewhere.
 
-python bench/ops_report.py bench/results/nvidia-h200/ops.json
+python -m bench.reports.ops_report bench/results/nvidia-h200/ops.json
 """
 
 import argparse
@@ -9,9 +9,8 @@ import math
 import sys
 from pathlib import Path
 
-from comparison import VALUES, derived, largest_gradient_error
-from sampler_report import EXPLANATION, sampler_lines
-
+from bench.cases.comparison import VALUES, derived, largest_gradient_error
+from bench.reports.sampler_report import EXPLANATION, sampler_lines
 from esr_distill.complete_files import complete_file, write_text
 
 COLUMNS = (

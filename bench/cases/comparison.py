@@ -11,10 +11,10 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-from peers import NotInstalled
-from timing import ROUNDS, Budget, Burst, Sample, Stopwatch, summary
 from torch import Tensor
 
+from bench.baselines.peers import NotInstalled
+from bench.timing import ROUNDS, Budget, Burst, Sample, Stopwatch, summary
 from esr_kernels.logit_storage import LogitStorage
 from esr_kernels.testing.error_budget import check_results, relative_error_in_norm
 from esr_kernels.testing.oracle import Oracle, Results

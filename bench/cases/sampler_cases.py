@@ -7,17 +7,27 @@
 Counted bytes: the logits, read once. Ours also makes the log-prob under the softmax and under the distribution drawn from,
 the next input id and the stop flags, all in the same call; others are measured with and without log-probs (in C3 without).
 Logits that fit in the cache are read again and again, as a sampler finds them after an LM head; larger ones rotate between two
-batches. Gate: `bench/sampler_gate.py`.
+batches. Gate: `bench/cases/sampler_gate.py`.
 """
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from comparison import SOMETHING_ELSE, Candidate, Group
-from sampler_baselines import Draw, compiled_races, hugging_face, ids_only, multinomial, one_sort, with_logprobs
-from sampler_gate import drawn, results_of_state, sampler_gate
-from sampler_inputs import (
+
+from bench.baselines.sampler_baselines import (
+    Draw,
+    compiled_races,
+    hugging_face,
+    ids_only,
+    multinomial,
+    one_sort,
+    with_logprobs,
+)
+from bench.baselines.sampler_peers import SAMPLER_PEERS
+from bench.cases.comparison import SOMETHING_ELSE, Candidate, Group
+from bench.cases.sampler_gate import drawn, results_of_state, sampler_gate
+from bench.cases.sampler_inputs import (
     FLAT,
     LM_LIKE,
     ONE_HOT,
@@ -28,9 +38,7 @@ from sampler_inputs import (
     make_inputs,
     name_of,
 )
-from sampler_peers import SAMPLER_PEERS
-from settings import Settings
-
+from bench.cases.settings import Settings
 from esr_kernels import Impl, sample_tokens
 from esr_kernels.testing.oracle import Results
 

@@ -17,13 +17,13 @@ from dataclasses import replace
 from functools import cache, partial
 
 import torch
-from baselines import compiled, from_hidden, run_on_hidden
-from ceilings import Ceilings, LinearWork
-from comparison import SOMETHING_ELSE, Candidate, Gate, Group, at_rows, gate_rows, only_at
-from our_candidates import AUTO, FLOAT32, TILE_RELATIVE, LinearOpCall, Setting, our_candidate
-from peers import DIVERGENCE_PEERS
-from settings import Settings
 
+from bench.baselines.peers import DIVERGENCE_PEERS
+from bench.baselines.pytorch import compiled, from_hidden, run_on_hidden
+from bench.cases.comparison import SOMETHING_ELSE, Candidate, Gate, Group, at_rows, gate_rows, only_at
+from bench.cases.our_candidates import AUTO, FLOAT32, TILE_RELATIVE, LinearOpCall, Setting, our_candidate
+from bench.cases.settings import Settings
+from bench.ceilings import Ceilings, LinearWork
 from esr_kernels import Impl, LogitStorage
 from esr_kernels.testing.cases import DIVERGENCES, Shape
 from esr_kernels.testing.inputs import LinearInputs, make_linear_inputs, make_upstream

@@ -17,11 +17,11 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from comparison import gate_rows
-from sampler_baselines import Draw
-from sampler_inputs import SLOTS, RewoundState, RowParameters, SamplerInputs, make_state
 from torch import Tensor
 
+from bench.baselines.sampler_baselines import Draw
+from bench.cases.comparison import gate_rows
+from bench.cases.sampler_inputs import SLOTS, RewoundState, RowParameters, SamplerInputs, make_state
 from esr_kernels import Impl, LogitStorage, SamplerState, sample_tokens
 from esr_kernels.testing.oracle import Results
 

@@ -12,14 +12,14 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from ceilings import Ceilings
-from comparison import Candidate, Group
-from linear_cases import HEAD_TRAINED, linear_group, our_call
-from logit_cases import KLS, drawn_logits, token_gate
-from our_candidates import FLOAT32, TILE_RELATIVE, our_candidate
-from settings import Settings
 from torch import Tensor
 
+from bench.cases.comparison import Candidate, Group
+from bench.cases.linear_cases import HEAD_TRAINED, linear_group, our_call
+from bench.cases.logit_cases import KLS, drawn_logits, token_gate
+from bench.cases.our_candidates import FLOAT32, TILE_RELATIVE, our_candidate
+from bench.cases.settings import Settings
+from bench.ceilings import Ceilings
 from esr_kernels import LogitStorage
 from esr_kernels.logit_rows import LogitRows
 from esr_kernels.output_projection import gradients, plan, projection

@@ -1,7 +1,7 @@
 """How exact are log-probs, and the gradient of a top-k divergence, when logits are stored in 16 bits?
 
 make demo-real                                # once, for the rows of a real model
-python bench/logprob_precision.py --model runs/demo-real/models/SmolLM2-135M-Instruct
+python -m bench.precision.logprob_precision --model runs/demo-real/models/SmolLM2-135M-Instruct
 
 A minute on one core; tables and JSON go to runs/logprob_precision. Without --model only drawn rows are measured; with --record,
 which needs --model, bench/results and the tables of docs/numerics.md are brought up to date.
@@ -19,7 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from logit_precision import (
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.precision.logit_precision import (
     below_row_maximum,
     below_tile_maximum,
     machine_with_numpy,
@@ -27,12 +30,9 @@ from logit_precision import (
     round_to_bfloat16,
     round_to_float16,
 )
-from logit_precision_report import markdown, scientific
-from logit_rows import RowSource, drawn_rows, model_rows
-from record_demo import RESULTS, ROOT, machine_folder, replace_block
-from rich.console import Console
-from rich.progress import Progress
-
+from bench.precision.logit_rows import RowSource, drawn_rows, model_rows
+from bench.record_demo import RESULTS, ROOT, machine_folder, replace_block
+from bench.reports.logit_precision_report import markdown, scientific
 from esr_distill.complete_files import write_json, write_text
 
 NOISE_LEVELS = (1.0, 0.5, 0.2, 0.1, 0.05)

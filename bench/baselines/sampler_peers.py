@@ -1,4 +1,4 @@
-"""Samplers of FlashInfer and vLLM, where they are installed; see bench/peers.py.
+"""Samplers of FlashInfer and vLLM, where they are installed; see bench/baselines/peers.py.
 
 Read in the public sources of FlashInfer 0.6.18 (its signatures are those of 0.7.2) and of vLLM's GPU model runner. Both take
 their place in the random stream from the caller, as a CUDA graph needs it, and timed calls do not advance it: the same random
@@ -9,11 +9,11 @@ distribution, and is not measured.
 from dataclasses import astuple
 
 import torch
-from peers import imported
-from sampler_baselines import Draw, ids_only, with_logprobs
-from sampler_inputs import SamplerInputs
 from torch import Tensor
 
+from bench.baselines.peers import imported
+from bench.baselines.sampler_baselines import Draw, ids_only, with_logprobs
+from bench.cases.sampler_inputs import SamplerInputs
 from esr_kernels.testing.oracle import Results
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from comparison import Candidate, Inputs
 from torch import Tensor
 
+from bench.cases.comparison import Candidate, Inputs
 from esr_kernels import LogitStorage
 from esr_kernels.output_projection.matrix_product import gradient_dtype
 from esr_kernels.output_projection.plan import LinearPlan, default_workspace_bytes, plan_linear_op

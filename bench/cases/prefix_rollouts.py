@@ -10,10 +10,10 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from comparison import Gate, gate_rows
-from settings import Settings
 from torch import Tensor
 
+from bench.cases.comparison import Gate, gate_rows
+from bench.cases.settings import Settings
 from esr_kernels import Impl, LogitStorage, OutputHead, select_topk_ids
 from esr_kernels.testing.inputs import make_hidden_pair
 from esr_kernels.testing.logprob_inputs import PrefixInputs

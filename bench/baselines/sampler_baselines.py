@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from baselines import compiled, logprobs_of_logits
-from peers import imported
-from sampler_inputs import SamplerInputs, SamplerSetting
 from torch import Tensor
 
+from bench.baselines.peers import imported
+from bench.baselines.pytorch import compiled, logprobs_of_logits
+from bench.cases.sampler_inputs import SamplerInputs, SamplerSetting
 from esr_kernels.testing.oracle import Results
 
 DrawIds = Callable[[SamplerInputs], Tensor]

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from baselines import AS_WRITTEN, compiled, run_on_logits
-from comparison import SOMETHING_ELSE, Candidate, Gate, Group, Run, at_rows, gate_rows
-from settings import Settings
 
+from bench.baselines.pytorch import AS_WRITTEN, compiled, run_on_logits
+from bench.cases.comparison import SOMETHING_ELSE, Candidate, Gate, Group, Run, at_rows, gate_rows
+from bench.cases.settings import Settings
 from esr_kernels import Impl, token_divergence
 from esr_kernels.testing.cases import DIVERGENCES
 from esr_kernels.testing.inputs import LogitPair, make_logit_pair, make_upstream

@@ -1,0 +1,1 @@
+"""Experiments on storage formats, in numpy."""
