@@ -5,7 +5,8 @@ python -m bench.bench_sampler_cpu --smoke           # tiny shapes; its times mea
 
 Inputs, candidates and gate are those of bench/cases/sampler_cases.py. Candidates of a setting take turns; the PyTorch reference,
 which the gate compares with, is timed once. The target: ours, with its two log-probs, not slower than torch.multinomial of the
-softmax and a gather of the log-softmax. The file is written whole after each setting; the exit status is 1 where ours was refused.
+softmax and a gather of the log-softmax. The file is written whole after each setting; the exit status is 1 where ours was
+refused.
 """
 
 import argparse
