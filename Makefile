@@ -33,11 +33,11 @@ test: $(INSTALLED)  ## the test suite; tests that need a CUDA device are skipped
 kernels: $(INSTALLED)  ## registers, shared memory and spills of every kernel on sm_80, sm_90, sm_100; no GPU needed
 	$(BIN)/python tests/kernels/compiled_kernels.py
 
-bench: $(INSTALLED)  ## on a CUDA machine: time the ops, each behind its correctness gate (CASES=K1,L1 OUT=folder)
-	$(BIN)/python -m bench.bench_ops $(if $(CASES),--cases $(CASES)) $(if $(OUT),--out $(OUT))
+bench: $(INSTALLED)  ## on a CUDA machine: time the ops, each behind its gate (CASES=K1,L1 OUT=folder PYTEST_OPTIONS=)
+	$(BIN)/python -m pytest bench/bench_ops.py -v $(if $(CASES),--cases $(CASES)) $(if $(OUT),--out $(OUT)) $(PYTEST_OPTIONS)
 
 bench-smoke: $(INSTALLED)  ## every case of the benchmark on tiny shapes, no GPU needed; its times mean nothing
-	TRITON_INTERPRET=1 $(BIN)/python -m bench.bench_ops --smoke
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest bench/bench_ops.py -q --smoke
 
 check: $(INSTALLED)  ## report lint and format errors; changes no file
 	$(BIN)/ruff check .
@@ -58,7 +58,7 @@ gpu:  ## on a CUDA machine: build the sampler, GPU tests, compute-sanitizer, ben
 	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" OUT="$(OUT)" COMMIT="$(COMMIT)" .ci/gpu
 
 # Versions come from constraints.txt; packages with compiled parts are taken for CPython 3.12 on x86-64 Linux.
-CARRIED := pytest pluggy iniconfig pygments packaging jsonargparse docstring-parser typeshed-client typing-extensions \
+CARRIED := pytest pytest-benchmark py-cpuinfo2 pluggy iniconfig pygments packaging jsonargparse docstring-parser typeshed-client typing-extensions \
   PyYAML rich markdown-it-py mdurl matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil \
   setuptools
 

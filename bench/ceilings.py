@@ -10,6 +10,7 @@ The floor of a linear op is the sum of the products that no schedule can leave o
 Nothing that our own schedule does beside them (conversions, slices, accumulation in float32) is part of it.
 """
 
+import time
 from functools import cache
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from bench.timing import Stopwatch, summary
 
 REPETITIONS = 20
+SUSTAINED_SECONDS = 10.0
 WARM_UP_CALLS = 3
 COPY_BYTES = 2**32
 SQUARE = 8192
@@ -78,6 +80,16 @@ class Ceilings:
         return 2e-9 * size**3 / self._median_ms(lambda _: a @ b)
 
     @cache  # noqa: B019
+    def sustained_tflop_per_s(self) -> float:
+        """The same rate after ten seconds of nothing else: what is left when the card is warm and has lowered its clocks."""
+        size, seconds = (64, 0.01) if self.is_smoke else (SQUARE, SUSTAINED_SECONDS)
+        a, b = self._normal(size, size), self._normal(size, size)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            samples = self.stopwatch.samples(lambda _: a @ b, [None], REPETITIONS)
+        return 2e-9 * size**3 / summary(samples)["median_ms"]
+
+    @cache  # noqa: B019
     def gemm_ms(self, product: str, rows: int, vocab_size: int, size: int) -> float:
         """Time of one bare product: "logits", "hidden_gradient" or "weight_gradient"."""
         measured_rows = min(rows, MOST_ROWS)
@@ -96,10 +108,12 @@ class Ceilings:
         """Sum of the bare products of the minimal schedule."""
         return sum(self.gemm_ms(product, work.num_rows, work.vocab_size, size) for product, size in work.products)
 
-    def record(self) -> dict:
+    def record(self, *, sustained: bool = False) -> dict:
+        """All figures so far; with the sustained rate if asked, which takes its ten seconds."""
         return {
             "copy_gb_per_s": self.copy_gb_per_s(),
             "square_bfloat16_tflop_per_s": self.square_tflop_per_s(),
+            "sustained_bfloat16_tflop_per_s": self.sustained_tflop_per_s() if sustained else None,
             "bare_products_ms": dict(self.measured_gemms),
         }
 

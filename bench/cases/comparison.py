@@ -140,6 +140,8 @@ def measured_rows(group: Group, stopwatch: Stopwatch, budget: Budget) -> Iterato
             samples[i] += timed[i].samples(repetitions[i] // ROUNDS)
     for i in order:
         rows[i] |= timed[i].summary(samples[i])
+        if rows[i]["status"] == "timed":
+            rows[i]["samples_ms"] = timed[i].call_ms(samples[i])
     yield from rows
 
 
@@ -167,6 +169,11 @@ class Timed:
         except AssertionError as error:
             self.stalled = str(error)
         return samples
+
+    def call_ms(self, samples: list[Sample]) -> list[float]:
+        """Milliseconds of a call on the device, sample by sample."""
+        num_calls = self.burst.num_calls if self.burst else 1
+        return [float(f"{sample.device_ms / num_calls:.6g}") for sample in samples]
 
     def summary(self, samples: list[Sample]) -> dict:
         """Times per call, or the refusal of calls that did not do their work. The host's time is always that of a call."""

@@ -12,12 +12,13 @@ PACKAGES = ("torch", "triton", "transformers", "esr_kernels")
 
 
 def machine_record() -> dict:
-    """Processor, GPU, threads, package versions and the commit of the source tree. No names of hosts or users."""
+    """Processor, GPU and its driver, threads, package versions and the commit of the source tree. No names of hosts or users."""
     return {
         "processor": _processor_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver_version() if torch.cuda.is_available() else None,
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -32,6 +33,16 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _driver_version() -> str | None:
+    """NVIDIA's driver; None where its command cannot say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
 
 
 def _version(package: str) -> str | None:

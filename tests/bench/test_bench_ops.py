@@ -5,7 +5,6 @@ python -m pytest tests/bench/test_bench_ops.py
 
 import json
 import os
-import re
 import subprocess
 import sys
 from functools import partial
@@ -27,34 +26,35 @@ ALL_CASES = (
 PEERS = ("TRL", "Liger", "verl", "FlashInfer", "vLLM")
 
 
-@pytest.fixture(scope="module")
-def smoke_folder(tmp_path_factory):
-    """Every case once, in a process of its own: the interpreter must be chosen before Triton is imported."""
-    folder = tmp_path_factory.mktemp("smoke")
+def run_pytest(*arguments: str, program: tuple[str, ...] = ("-m", "pytest")) -> subprocess.CompletedProcess:
+    """The benchmark in a process of its own: the interpreter must be chosen before Triton is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    cases = ",".join(ALL_CASES)
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "bench.bench_ops",
-        "--smoke",
-        "--out",
-        str(folder),
-        "--cases",
-        cases,
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment.pop("PYTEST_XDIST_WORKER", None)  # which would switch pytest-benchmark off
+    command = [sys.executable, "-W", "ignore", *program, str(ROOT / "bench" / "bench_ops.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def smoke_folder(tmp_path_factory):
+    """Every case once."""
+    folder = tmp_path_factory.mktemp("smoke")
+    arguments = ["--out", str(folder), "--cases", ",".join(ALL_CASES), "--benchmark-json", str(folder / "saved.json")]
+    done = run_pytest("--smoke", "-p", "no:cacheprovider", *arguments)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def smoke(smoke_folder):
-    (path,) = smoke_folder.glob("*.json")
+    (path,) = smoke_folder.glob("ops*.json")
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def saved(smoke_folder):
+    """What pytest-benchmark wrote."""
+    return json.loads((smoke_folder / "saved.json").read_text())
 
 
 def rows_of(results: dict, case: str, **setting) -> list[dict]:
@@ -66,10 +66,72 @@ def test_every_case_runs_and_every_gate_holds(smoke):
     assert smoke["is_finished"] and smoke["is_smoke"] and smoke["failed_groups"] == []
     assert tuple(dict.fromkeys(row["case"] for row in smoke["rows"])) == ALL_CASES
     for row in smoke["rows"]:
+        assert ("samples_ms" in row) == (row["status"] == "timed")
         is_peer = row["implementation"].startswith(PEERS)
         assert row["status"] == "timed" or (is_peer and row["status"] == "not installed"), row
         if row["status"] == "timed":
             assert row["repetitions"] >= 2 and 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+
+
+def test_pytest_benchmark_has_the_times_of_the_device(smoke, saved):
+    timed = [row for row in smoke["rows"] if row["status"] == "timed"]
+    names = [entry["fullname"] for entry in saved["benchmarks"]]
+    assert len(names) == len(timed) == len(set(names))
+    for row, entry in zip(timed, saved["benchmarks"], strict=True):
+        assert entry["name"].startswith(row["case"]) and entry["name"].endswith(f"[{row['implementation']}]")
+        assert entry["options"]["timer"] == "device time" and entry["extra_info"]["median_ms"] == row["median_ms"]
+        assert [1e3 * seconds for seconds in entry["stats"]["data"]] == pytest.approx(row["samples_ms"], rel=1e-4)
+        assert 1e3 * entry["stats"]["median"] == pytest.approx(row["median_ms"], rel=1e-4)
+    assert saved["machine_info"] == smoke["machine"] and saved["commit_info"]["id"] == smoke["machine"]["commit"]
+
+
+def test_two_runs_can_be_compared(saved, tmp_path):
+    """By pytest-benchmark's own command: here a run and one that took twice as long."""
+    slower = json.loads(json.dumps(saved))
+    for entry in slower["benchmarks"]:
+        for name in ("min", "max", "mean", "median", "iqr"):
+            entry["stats"][name] *= 2
+    paths = [tmp_path / "before.json", tmp_path / "after.json"]
+    for path, results in zip(paths, (saved, slower), strict=True):
+        path.write_text(json.dumps(results))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest_benchmark",
+        "compare",
+        *map(str, paths),
+        "--group-by=fullname",
+        "--columns=median",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(2.00)") == len(saved["benchmarks"])
+
+
+WRONG_KERNEL = """
+import sys, pytest
+from bench.cases import logit_cases
+right = logit_cases.fused_run
+def wrong(name):
+    run = right(name)
+    return lambda inputs, upstream: {key: 1.01 * value for key, value in run(inputs, upstream).items()}
+logit_cases.fused_run = wrong
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_a_kernel_that_is_wrong_by_one_percent_is_not_timed_and_fails_the_run(tmp_path):
+    saved = tmp_path / "saved.json"
+    arguments = ["--smoke", "--cases", "K3", "--out", str(tmp_path), "--benchmark-json", str(saved)]
+    done = run_pytest(*arguments, program=("-c", WRONG_KERNEL))
+    assert done.returncode == 1 and "refused: " in done.stdout, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "ops-K3.json").read_text())["rows"]
+    ours = [row for row in rows if row["is_ours"]]
+    assert len(ours) == 2 and all(row["status"] == "refused" and "median_ms" not in row for row in ours)
+    assert {row["implementation"] for row in rows if row["status"] == "timed"} >= {"eager", "compile"}
+    assert "[ours]" not in saved.read_text()
+    (state,) = [line for line in done.stdout.splitlines() if line.lstrip().startswith("K3: ")]
+    assert state.endswith("2 ours refused") and "others timed" in state
 
 
 def test_every_storage_and_schedule_is_measured(smoke):
@@ -230,31 +292,46 @@ def test_a_red_gate_is_not_timed_and_costs_the_others_nothing(bench, group_of):
     assert rows["ours"]["errors"]["grad_student_logits"] > 1e-6
     assert rows["broken"]["message"] == "RuntimeError: no kernel image"
     assert "median_ms" not in rows["ours"] and "median_ms" in rows["right"]
-    assert [row["implementation"] for row in bench("bench_ops").our_failures({"rows": list(rows.values())})] == [
+    assert [row["implementation"] for row in bench("ops_run").our_failures(list(rows.values()))] == [
         "ours",
         "broken",
     ]
 
 
-def test_a_killed_run_keeps_what_it_has(bench, group_of, tmp_path, monkeypatch):
-    main, comparison = bench("bench_ops"), bench("cases.comparison")
+@pytest.fixture
+def ops_run(bench, monkeypatch, tmp_path):
+    """A smoke run of K1."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    module = bench("ops_run")
+    return module.OpsRun(module.OpsOptions(is_smoke=True, cases=("K1",), out=tmp_path))
 
+
+def test_a_killed_run_keeps_what_it_has(bench, group_of, ops_run):
     def killed():
         raise KeyboardInterrupt
 
     def failing():
         raise ValueError("no memory for inputs")
 
-    groups = [partial(group_of, comparison.Candidate("ours", right)), failing, killed]
-    monkeypatch.setitem(main.CASES, "K1", lambda settings, ceilings: groups)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ops_run.begin(len(ops_run.groups))
+    ops_run.measure("K1", partial(group_of, bench("cases.comparison").Candidate("ours", right)))
+    with pytest.raises(ValueError, match="no memory for inputs"):
+        ops_run.measure("K1", failing)
     with pytest.raises(KeyboardInterrupt):
-        main.main(["--smoke", "--cases", "K1", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "ops-K1.json").read_text())
+        ops_run.measure("K1", killed)
+    results = json.loads((ops_run.folder / "ops-K1.json").read_text())
     assert [row["implementation"] for row in results["rows"]] == ["ours"]
     assert results["failed_groups"] == [{"case": "K1", "message": "ValueError: no memory for inputs"}]
     assert not results["is_finished"]
     assert "was not finished" in bench("reports.ops_report").markdown(results)
+
+
+def test_a_selection_of_groups_replaces_no_full_run(bench, group_of, ops_run):
+    ops_run.begin(1)
+    ops_run.measure("K1", partial(group_of, bench("cases.comparison").Candidate("ours", right)))
+    ops_run.finish()
+    assert [path.name for path in ops_run.folder.iterdir()] == ["ops-selected.json"]
+    assert json.loads(ops_run.path.read_text())["is_finished"]
 
 
 def test_a_budget_drops_repetitions_and_never_all(bench):
@@ -340,29 +417,46 @@ def test_a_sweep_restores_the_constant_and_knows_its_name(bench):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "options, message",
     [
-        (["--cases", "K1,K9"], "--cases: must be among K1,.*, got K9"),
-        (["--cases", "K1,K1"], "--cases: must name each case once, got K1,K1"),
-        (["--budget-seconds", "0"], "--budget-seconds: must be > 0, got 0"),
+        ({"cases": ("K1", "K9")}, r"--cases must be among K1,.*, got K9"),
+        ({"cases": ("K1", "K1")}, "--cases must name each case once, got K1,K1"),
+        ({"budget_seconds": 0.0}, "--budget-seconds must be > 0, got 0"),
         (
-            ["--smoke", "--out", str(ROOT / "bench" / "results" / "x")],
+            {"is_smoke": True, "out": ROOT / "bench" / "results" / "x"},
             "--out must not be under bench/results with --smoke",
         ),
-        pytest.param([], "needs a CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")),
+        pytest.param({}, "needs a CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")),
     ],
 )
-def test_wrong_arguments_are_errors(bench, monkeypatch, capsys, arguments, message):
+def test_wrong_options_are_errors(bench, monkeypatch, options, message):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(SystemExit):
-        bench("bench_ops").main(["--out", "runs/x", *arguments])
-    assert re.search(message, capsys.readouterr().err)
+    module = bench("ops_run")
+    with pytest.raises(module.WrongOption, match=message):
+        module.OpsOptions(**options)
+
+
+def test_a_smoke_run_needs_the_interpreter(bench, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    module = bench("ops_run")
+    with pytest.raises(module.WrongOption, match="--smoke must run the kernels in Triton's interpreter"):
+        module.OpsOptions(is_smoke=True)
+
+
+def test_a_wrong_option_is_a_usage_error_of_the_command():
+    done = run_pytest("--smoke", "--cases", "K9")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "got K9" in done.stderr
 
 
 def test_a_smoke_run_and_a_selection_have_places_of_their_own(bench, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    main = bench("bench_ops")
-    assert main.parsed(["--smoke"]).out == ROOT / "runs" / "bench-smoke"
-    assert main.result_file(Path("x"), main.DEFAULT_CASES) == Path("x/ops.json")
-    assert main.result_file(Path("x"), ("tiles", "K1")) == Path("x/ops-tiles-K1.json")
-    assert set(main.DEFAULT_CASES) == set(ALL_CASES) - {"tiles", "slices"}
+    module = bench("ops_run")
+
+    def path(**options):
+        run = module.OpsRun(module.OpsOptions(is_smoke=True, **options))
+        run.begin(len(run.groups))
+        return run.path
+
+    assert path() == ROOT / "runs" / "bench-smoke" / "ops.json"
+    assert path(out=Path("x"), cases=("tiles", "K1")) == Path("x/ops-tiles-K1.json")
+    assert set(module.DEFAULT_CASES) == set(ALL_CASES) - {"tiles", "slices"}

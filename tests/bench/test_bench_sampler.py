@@ -189,7 +189,7 @@ def test_timed_calls_on_finished_rows_are_refused(bench):
     row = measure(bench, small_group(bench, finished))
     assert (row["status"], row["message"]) == ("refused", "timed calls: 1 calls drew [1, 128] tokens in a row")
     assert "median_ms" not in row
-    assert bench("bench_ops").our_failures({"rows": [row]}) == [row]
+    assert bench("ops_run").our_failures([row]) == [row]
 
 
 def test_a_state_that_runs_out_of_slots_is_refused(bench):
