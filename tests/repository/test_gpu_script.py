@@ -1,4 +1,7 @@
-"""Does `make gpu` run the steps that are asked for, and go on after one that fails?  pytest tests/repository/test_gpu_script.py"""
+"""Does `make gpu` run the steps that are asked for, and go on after one that fails?
+
+pytest tests/repository/test_gpu_script.py
+"""
 
 import os
 import subprocess
