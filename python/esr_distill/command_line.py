@@ -1,4 +1,4 @@
-"""The `esr-distill` command. Options come from the dataclasses of config.py; a name that is not there is an error.
+"""The `esr-distill` command. Options come from the dataclasses of config/; a name that is not there is an error.
 
 esr-distill train --config run.yaml [--rollout.horizon 100 ...]
 esr-distill train --resume runs/esr

@@ -25,7 +25,7 @@ from esr_distill.demo.settings import DemoConfig
 from esr_distill.input_error import InputError
 from esr_distill.real_demo.settings import RealDemoConfig
 
-PACKAGE = Path(config_module.__file__).parent
+PACKAGE = Path(config_module.__file__).parents[1]
 REQUIRED = ["--model.student", "s", "--model.teacher", "t", "--data.prompts", "p.jsonl"]
 
 

@@ -1,0 +1,28 @@
+"""Every option of the loop, defined once: frozen dataclasses, checked on construction, parsed by the command line.
+
+The defaults are those of the paper (arXiv 2605.27028): horizon 100, rollouts at temperature 0.7 and top-p 0.95, reverse KL
+over the whole vocabulary, averaged over the positions of a rollout and then over rollouts.
+"""
+
+from esr_distill.config.data import DataConfig
+from esr_distill.config.evaluation import EvalConfig, EvaluationConfig, ScorerName
+from esr_distill.config.loss import DivergenceName, LossConfig
+from esr_distill.config.model import ModelConfig
+from esr_distill.config.optimizer import OptimizerConfig
+from esr_distill.config.rollout import RolloutConfig
+from esr_distill.config.run import RunConfig
+from esr_distill.config.train import TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "DivergenceName",
+    "EvalConfig",
+    "EvaluationConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "ScorerName",
+    "TrainConfig",
+]
