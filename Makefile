@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/installed
 INSTALLED_GGUF := $(VENV)/installed-gguf
 
-.PHONY: help venv demo demo-pointer demo-real test kernels bench bench-smoke check fix gpu wheels clean
+.PHONY: help venv demo demo-pointer demo-real test kernels bench bench-smoke report check fix gpu wheels clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +38,12 @@ bench: $(INSTALLED)  ## on a CUDA machine: time the ops, each behind its gate (C
 
 bench-smoke: $(INSTALLED)  ## every case of the benchmark on tiny shapes, no GPU needed; its times mean nothing
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest bench/bench_ops.py -q --smoke
+	$(BIN)/python -m bench.bench_rollouts --smoke
+	$(BIN)/python -m bench.bench_esr_speedup --smoke
+	$(BIN)/python -m bench.bench_scaling --smoke
+
+report: $(INSTALLED)  ## docs/benchmarks.md and its figures from the result files under bench/results
+	$(BIN)/python -m bench.report
 
 check: $(INSTALLED)  ## report lint and format errors; changes no file
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.ops_run import CASES, OpsOptions, OpsRun, WrongOption, row_name
+from bench.regressions import NotComparable, regression_lines
 from bench.reports.ops_report import write_report
 
 RUN = pytest.StashKey[OpsRun]()
@@ -76,6 +77,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(
             f"no figure: {error}; python -m bench.reports.ops_report {run.path} draws it elsewhere"
         )
+    if not run.options.is_smoke:
+        try:
+            lines = regression_lines(run.results, run.folder, run.path.name)
+        except NotComparable as error:
+            lines = [f"no comparison with an earlier result: {error}"]
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

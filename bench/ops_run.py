@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from bench.cases.comparison import Group, derived, measured_rows
-
-# from bench.cases.head_cases import c4_groups
+from bench.cases.head_cases import c4_groups
 from bench.cases.linear_cases import l1_groups, l2_groups, l3_groups, l4_groups, l5_groups, l7_groups
 from bench.cases.logit_cases import k1_groups, k2_groups, k3_groups
-from bench.cases.prefix_cases import b1_groups, b2_groups, b4_groups
+from bench.cases.prefix_cases import b1_groups, b2_groups, b3_groups, b4_groups
 from bench.cases.sampler_cases import c1_groups, c2_groups, c3_groups
 from bench.cases.settings import Settings, full_settings, smoke_settings
 from bench.cases.sweeps import slice_groups, tile_groups
@@ -36,8 +35,8 @@ CASES: dict[str, Callable[[Settings, Ceilings], list[MakeGroup]]] = {
     "B1": b1_groups,
     "L7": l7_groups,
     "L3": l3_groups,
-    # "C4": c4_groups,
-    # "B3": b3_groups,
+    "C4": c4_groups,
+    "B3": b3_groups,
     "L2": l2_groups,
     "L5": l5_groups,
     "C3": lambda settings, _: c3_groups(settings),

@@ -11,6 +11,20 @@ from esr_distill.prompts import PromptBatch
 SHAPES = {
     "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072},
     "qwen3-1.7b": {"hidden_size": 2048, "intermediate_size": 6144},
+    "qwen3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "tiny-teacher": {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 300,
+        "head_dim": 8,
+    },
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "head_dim": 8},
 }
 QWEN3 = {

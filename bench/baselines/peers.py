@@ -1,10 +1,16 @@
 """Kernels of other projects, where they are installed: divergences, log-probs of tokens, top-k divergence.
 
-The library never imports them, and a benchmark runs without them: a peer that cannot be imported is a row that says so.
-Signatures were read in the wheels of TRL 1.16.0, Liger 0.8.5 and verl 0.9.1. TRL and Liger put beta on the teacher in the
-mixture and take 0 for forward, 1 for reverse KL.
+The library never imports them, and a benchmark runs without them: a peer that cannot be imported is a row that says so, and
+one that does not compute a divergence is not listed for it. TRL and Liger put beta on the teacher in the mixture and take 0 for
+forward, 1 for reverse KL; FLA has forward KL alone.
+
+Signatures were read in the wheels of TRL 1.16.0, Liger 0.8.5, verl 0.9.1, fla-core 0.6.0 and cut-cross-entropy 25.1.1. What was
+run on a CPU, against PyTorch: TRL's two functions, verl's top-k loss, Liger's chunked JSD and its log-probs, which are PyTorch
+there; Liger's fused JSD, FLA and cut-cross-entropy in Triton's interpreter, the last in float16 and with another log1p, which the
+interpreter lacks. Read alone: Liger's kernel for Hopper, verl's linear cross entropy.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.baselines.pytorch import DivergenceOfIds, LogprobsOfRows, results_of, student_leaves
+from bench.baselines.pytorch import (
+    DivergenceOfIds,
+    LogprobsOfRows,
+    gradient_of_rows,
+    results_of,
+    student_leaves,
+)
+from bench.baselines.stubs import BARE, import_bare
 from esr_kernels.testing.inputs import LinearInputs
 from esr_kernels.testing.oracle import Results
 
@@ -27,7 +40,7 @@ class NotInstalled(Exception):
 
 
 def imported(project: str, module: str, name: str) -> Any:
-    """The name from a peer's module.
+    """The name from a peer's module; where its trainers' packages are absent, from the bare wheel (stubs.py).
 
     Raises:
         NotInstalled: it cannot be imported, whatever its own imports raise.
@@ -35,6 +48,9 @@ def imported(project: str, module: str, name: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except Exception as error:
+        if module in BARE:
+            with suppress(Exception):
+                return getattr(import_bare(module), name)
         raise NotInstalled(f"{project}: {error}") from error
 
 
@@ -54,7 +70,7 @@ def run_liger_fused(inputs: LinearInputs, upstream_N: Tensor, *, name: str, trai
     hidden, weight, leaves = student_leaves(inputs, trains_head=trains_head)
     teacher_weight = inputs.teacher_head.weight
     value = function.apply(hidden, weight, inputs.teacher_hidden_N_E, teacher_weight, None, BETAS[name])
-    return _of_a_mean(value, leaves, upstream_N)
+    return gradient_of_rows(value, leaves, upstream_N, len(upstream_N))
 
 
 def run_liger_chunked(inputs: LinearInputs, upstream_N: Tensor, *, name: str, trains_head: bool) -> Results:
@@ -64,14 +80,38 @@ def run_liger_chunked(inputs: LinearInputs, upstream_N: Tensor, *, name: str, tr
     labels_N = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     loss = loss_class(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[name])
     value = loss(hidden, weight, inputs.teacher_hidden_N_E, inputs.teacher_head.weight, labels_N)
-    return _of_a_mean(value[0] if isinstance(value, tuple) else value, leaves, upstream_N)
+    value = value[0] if isinstance(value, tuple) else value
+    return gradient_of_rows(value, leaves, upstream_N, len(upstream_N))
+
+
+def run_fla(inputs: LinearInputs, upstream_N: Tensor, *, name: str, trains_head: bool) -> Results:
+    """flash-linear-attention's fused_kl_div_loss: a mean over rows, bfloat16 logits, its gradient made in forward.
+
+    Raises:
+        ValueError: the divergence is not forward KL.
+    """
+    if name != "forward_kl":
+        raise ValueError(f"FLA: the divergence must be forward_kl, got {name!r}")
+    function = imported("FLA", "fla.modules.fused_kl_div", "fused_kl_div_loss")
+    hidden, weight, leaves = student_leaves(inputs, trains_head=trains_head)
+    value = function(hidden, inputs.teacher_hidden_N_E, weight, inputs.teacher_head.weight)
+    return gradient_of_rows(value, leaves, upstream_N, len(upstream_N))
 
 
 DIVERGENCE_PEERS = {
     "TRL chunked divergence": run_trl,
     "Liger fused_linear_jsd": run_liger_fused,
     "Liger chunked JSD": run_liger_chunked,
+    "FLA fused_kl_div_loss": run_fla,
 }
+ONE_DIVERGENCE = {"FLA fused_kl_div_loss": "forward_kl"}
+# Means over rows, with one upstream gradient for all: what is timed is a mean, though each row's gradient is compared.
+SCALAR_LOSSES = ("Liger fused_linear_jsd", "Liger chunked JSD", "FLA fused_kl_div_loss")
+
+
+def divergence_peers(name: str) -> tuple[str, ...]:
+    """Those that compute the divergence of this name."""
+    return tuple(peer for peer in DIVERGENCE_PEERS if ONE_DIVERGENCE.get(peer, name) == name)
 
 
 def trl_logprobs(hidden_N_D: Tensor, weight_V_D: Tensor, tokens_N: Tensor) -> Tensor:
@@ -108,10 +148,19 @@ def verl_logprobs(hidden_N_D: Tensor, weight_V_D: Tensor, tokens_N: Tensor) -> T
     return logprobs_N
 
 
+def cut_cross_entropy_logprobs(hidden_N_D: Tensor, weight_V_D: Tensor, tokens_N: Tensor) -> Tensor:
+    """cut-cross-entropy per token. As it is by default, its backward leaves out blocks of small gradients, and it adds under
+    locks, in an order that changes; the host waits for a look at the tokens. Backward takes 16-bit hidden states alone.
+    """
+    function = imported("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy")
+    return -function(hidden_N_D, weight_V_D, tokens_N, reduction="none")
+
+
 LOGPROB_PEERS: dict[str, LogprobsOfRows] = {
     "TRL chunked log-prob": trl_logprobs,
     "Liger fused_linear_scaled_cross_entropy": liger_logprobs,
     "verl linear_cross_entropy": verl_logprobs,
+    "cut-cross-entropy": cut_cross_entropy_logprobs,
 }
 
 
@@ -131,9 +180,3 @@ def verl_topk_without_tail(
 
 
 TOPK_PEERS: dict[str, DivergenceOfIds] = {"verl forward_kl_topk, no tail": verl_topk_without_tail}
-
-
-def _of_a_mean(value: Tensor, leaves: dict[str, Tensor], upstream_N: Tensor) -> Results:
-    """Gradient of the hidden states as if each row had its own upstream gradient; the weight's cannot be given so."""
-    gradient_N_D, *_ = torch.autograd.grad(value, list(leaves.values()))
-    return {"grad_student_hidden": gradient_N_D.float() * (gradient_N_D.shape[0] * upstream_N[:, None])}

@@ -158,6 +158,14 @@ def run_on_hidden(function: Callable, inputs: LinearInputs, upstream_N: Tensor, 
     return results_of("divergence", divergence_N, leaves, upstream_N)
 
 
+def gradient_of_rows(value: Tensor, leaves: dict[str, Tensor], upstream_N: Tensor, num_rows: int) -> Results:
+    """Gradient of the student's hidden states as if each row had its own upstream gradient, from a loss of all rows: the mean
+    over `num_rows`, or with 1 the sum. That of the weight is made as well, but cannot be given so.
+    """
+    gradient_N_D, *_ = torch.autograd.grad(value, list(leaves.values()))
+    return {"grad_student_hidden": gradient_N_D.float() * (num_rows * upstream_N[:, None])}
+
+
 def run_on_rollouts(
     function: LogprobsOfRollouts, inputs: PrefixInputs, upstream_B_K: Tensor | None, *, trained: tuple[str, ...]
 ) -> Results:

@@ -1,9 +1,12 @@
-"""Samplers of FlashInfer and vLLM, where they are installed; see bench/baselines/peers.py.
+"""Samplers of FlashInfer, vLLM and FlashSampling, where they are installed; see bench/baselines/peers.py.
 
-Read in the public sources of FlashInfer 0.6.18 (its signatures are those of 0.7.2) and of vLLM's GPU model runner. Both take
-their place in the random stream from the caller, as a CUDA graph needs it, and timed calls do not advance it: the same random
-numbers each time. FlashInfer's `filter_apply_order="joint"` takes top-p of the whole vocabulary, which is another
-distribution, and is not measured.
+Read in the public sources of FlashInfer 0.6.18 and of vLLM's GPU model runner; our calls bind to the signatures in the wheel of
+FlashInfer 0.7.2, which was imported and not run. Both take their place in the random stream from the caller, as a CUDA graph
+needs it, and timed calls do not advance it: the same random numbers each time. FlashInfer's `filter_apply_order="joint"` takes
+top-p of the whole vocabulary, which is another distribution, and is not measured.
+
+FlashSampling, which draws inside the product of the output head, was read in its public repository (commit 1e5d8fa3). It is no
+package, its file imports FlashInfer and nvtx, and its import asks for a CUDA device, so its call has not been run.
 """
 
 from dataclasses import astuple
@@ -92,6 +95,13 @@ def vllm_with_logprobs(inputs: SamplerInputs) -> Results:
     ids_B = vllm_ids(inputs)
     function = vllm("worker.gpu.sample.logprob", "compute_token_logprobs")
     return {"token_ids": ids_B, "logprobs": function(inputs.logits_B_V, ids_B[:, None])}
+
+
+def flash_sampling_ids(hidden_B_D: Tensor, weight_V_D: Tensor, temperature: Tensor, seed: int) -> Tensor:
+    """Gumbel noise in the epilogue of the product, its logits in float32; no filter and no log-probs."""
+    function = imported("FlashSampling", "fused_mm_sampling.core", "fused_mm_sample_triton")
+    ids_B_1 = function(weights=weight_V_D, hidden_states=hidden_B_D, num_samples=1, temperature=temperature, seed=seed)
+    return ids_B_1.squeeze(1)
 
 
 # Each without and with log-probs; FlashInfer makes none, so they are PyTorch's.

@@ -27,7 +27,7 @@ SOMETHING_ELSE = 0.5
 EAGER_CALLS = 5
 
 # Names of the differentiable result of an op; their errors and those of the gradients are reported.
-VALUES = ("divergence", "logprobs")
+VALUES = ("divergence", "logprobs", "loss")
 
 Inputs = tuple  # a named tuple of tensors and heads, or of such
 Run = Callable[[Inputs, Tensor | None], Results]

@@ -8,7 +8,10 @@
     L7  error of the gradient against time, from far apart (about 0.5 nats) to nearly converged (5e-4)
 
 Upstream gradients are normal, one per row. For the gate all but 256 of them are 0: the gradient of the head is then a sum
-over those rows, which the oracle can afford, while the op runs over all rows and chunks as it does when it is timed.
+over those rows, which the oracle can afford, while the op runs over all rows and chunks as it does when it is timed. Some
+others give the loss of all rows together (`scalar_loss`): one upstream gradient for all, and only the gradient of the hidden
+states is compared, row by row.
+
 Inputs are not rotated: the heads alone are 1.9 GB.
 """
 
@@ -18,7 +21,8 @@ from functools import cache, partial
 
 import torch
 
-from bench.baselines.peers import DIVERGENCE_PEERS
+from bench.baselines.auto_chunker import AutoChunked, run_auto_chunked
+from bench.baselines.peers import DIVERGENCE_PEERS, SCALAR_LOSSES, divergence_peers
 from bench.baselines.pytorch import compiled, from_hidden, run_on_hidden
 from bench.cases.comparison import SOMETHING_ELSE, Candidate, Gate, Group, at_rows, gate_rows, only_at
 from bench.cases.our_candidates import AUTO, FLOAT32, TILE_RELATIVE, LinearOpCall, Setting, our_candidate
@@ -32,6 +36,7 @@ from esr_kernels.testing.oracle import evaluate_linear_divergence, linear_diverg
 HEAD_TRAINED = ("student_hidden", "student_weight")
 HEAD_FROZEN = ("student_hidden",)
 EAGER, COMPILED_16, COMPILED_32 = "eager", "compile, bfloat16 logits", "compile, float32 logits"
+AUTO_CHUNKED = "auto-chunker, bfloat16 logits"
 
 
 def l1_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
@@ -43,23 +48,24 @@ def l1_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group
         "L1",
         "reverse_kl",
         ours=[*ours, (FLOAT32, settings.recompute_bytes), (TILE_RELATIVE, settings.recompute_bytes)],
-        others=(EAGER, COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS),
+        others=(EAGER, COMPILED_16, COMPILED_32, AUTO_CHUNKED, *divergence_peers("reverse_kl")),
     )
+    others = (AUTO_CHUNKED, *divergence_peers("forward_kl"))
     return [
         reverse,
-        partial(linear_group, settings, ceilings, "L1", "forward_kl", ours=ours, others=tuple(DIVERGENCE_PEERS)),
+        partial(linear_group, settings, ceilings, "L1", "forward_kl", ours=ours, others=others),
     ]
 
 
 def l2_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
-    others = (COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS)
+    others = (COMPILED_16, COMPILED_32, AUTO_CHUNKED, *divergence_peers("jsd_0.5"))
     return [partial(linear_group, settings, ceilings, "L2", "jsd_0.5", ours=ours, others=others)]
 
 
 def l3_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
-    others = (COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS)
+    others = (COMPILED_16, COMPILED_32, *divergence_peers("reverse_kl"))
     group = partial(linear_group, settings, ceilings, "L3", "reverse_kl", ours=ours, others=others)
     return [partial(group, trained=HEAD_FROZEN)]
 
@@ -67,7 +73,7 @@ def l3_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group
 def l4_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     shape = replace(settings.shape, rows=settings.many_rows)
     ours = [(AUTO, None), (TILE_RELATIVE, None), (FLOAT32, settings.keep_bytes)]
-    others = (COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS)
+    others = (COMPILED_16, COMPILED_32, *divergence_peers("reverse_kl"))
     return [partial(linear_group, settings, ceilings, "L4", "reverse_kl", shape=shape, ours=ours, others=others)]
 
 
@@ -78,7 +84,7 @@ def l5_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group
 
 def l7_groups(settings: Settings, ceilings: Ceilings) -> list[Callable[[], Group]]:
     ours = [(FLOAT32, None), (TILE_RELATIVE, None)]
-    others = (EAGER, COMPILED_16, COMPILED_32, *DIVERGENCE_PEERS)
+    others = (EAGER, COMPILED_16, COMPILED_32, *divergence_peers("reverse_kl"))
     group = partial(linear_group, settings, ceilings, "L7", "reverse_kl", ours=ours, others=others)
     # 16-bit logits are meant to be wrong here.
     return [partial(group, gap=gap, norm_limit=float("inf")) for gap in settings.gaps]
@@ -106,7 +112,8 @@ def linear_group(
     candidates = [our_candidate(call, *setting) for setting in ours]
     for other in others:
         run = other_run(other, name, trains_head, settings.compile_backend)
-        candidates.append(Candidate(other, run, is_ours=False, norm_limit=norm_limit))
+        facts = {"scalar_loss": other in (AUTO_CHUNKED, *SCALAR_LOSSES)}
+        candidates.append(Candidate(other, run, is_ours=False, norm_limit=norm_limit, facts=facts))
     gate = linear_gate(inputs, name, trained, upstream_N)
     work = LinearWork.of(
         shape.rows, shape.vocab_size, shape.student_size, teacher_size=shape.teacher_size, trained=trained
@@ -157,6 +164,8 @@ def other_run(other: str, name: str, trains_head: bool, backend: str) -> Callabl
     if other in DIVERGENCE_PEERS:
         return partial(DIVERGENCE_PEERS[other], name=name, trains_head=trains_head)
     function = from_hidden(name, has_float32_logits=other == COMPILED_32)
+    if other == AUTO_CHUNKED:
+        return partial(run_auto_chunked, AutoChunked(function, backend), trains_head=trains_head)
     if other != EAGER:
         function = compiled(function, backend)
     return partial(run_on_hidden, function, trains_head=trains_head)

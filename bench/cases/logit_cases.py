@@ -7,6 +7,9 @@
 Counted bytes: each input read once, the gradient written once. Our schedule (`schedule_bytes`) reads the logits once more in
 backward, and once more in forward for divergences other than the two KLs; later reads may come from the cache.
 
+Peers are measured in K1 and K3, with backward: it is what they are for, and some make the gradient in any case. Where their loss
+is a mean over rows, all rows have one upstream gradient while time is taken, and `scalar_loss` says so.
+
 The drawn rows repeat after 640; values do not change what is read, and 640 rows do not fit in a cache.
 """
 
@@ -15,6 +18,7 @@ from functools import cache, partial
 
 import torch
 
+from bench.baselines.logit_peers import logit_peers
 from bench.baselines.pytorch import AS_WRITTEN, compiled, run_on_logits
 from bench.cases.comparison import SOMETHING_ELSE, Candidate, Gate, Group, Run, at_rows, gate_rows
 from bench.cases.settings import Settings
@@ -46,7 +50,7 @@ def k1_groups(settings: Settings) -> list[Callable[[], Group]]:
 
 
 def k2_groups(settings: Settings) -> list[Callable[[], Group]]:
-    size = {"rows": settings.many_rows, "vocab_size": settings.vocab_size, "copies": 1, "has_eager": False}
+    size = {"rows": settings.many_rows, "vocab_size": settings.vocab_size, "copies": 1, "has_others": False}
     names = ("reverse_kl", "jsd_0.5")
     return [
         partial(token_group, settings, "K2", name, settings.half_dtype, has_backward=True, **size) for name in names
@@ -72,9 +76,9 @@ def token_group(
     *,
     has_backward: bool,
     copies: int = 2,
-    has_eager: bool = True,
+    has_others: bool = True,
 ) -> Group:
-    """Ours, eager PyTorch and torch.compile. Compiled code is compared with backward only: it is compiled for each."""
+    """Ours and torch.compile, which is compared with backward only (it is compiled for each), eager PyTorch and the peers."""
     inputs = [drawn_logits(settings, rows, vocab_size, dtype, seed=seed) for seed in range(copies)]
     upstream_N = make_upstream(rows, seed=1, device=settings.device)
     itemsize = dtype.itemsize
@@ -83,10 +87,15 @@ def token_group(
     facts = {"schedule_bytes": (2 * schedule_reads + has_backward) * rows * vocab_size * itemsize}
     candidates = [Candidate("ours", fused_run(name), facts=facts)]
     as_written = AS_WRITTEN[name]
-    if has_eager:
+    if has_others:
         candidates.append(other("eager", partial(run_on_logits, as_written)))
     if has_backward:
         candidates.append(other("compile", partial(run_on_logits, compiled(as_written, settings.compile_backend))))
+    if has_backward and has_others:
+        candidates += [
+            other(title, peer.run, peer.results, scalar_loss=peer.is_scalar)
+            for title, peer in logit_peers(name).items()
+        ]
     return Group(
         case=case,
         setting={
@@ -121,8 +130,8 @@ def fused_run(name: str) -> Run:
     return run
 
 
-def other(name: str, run: Run, **facts) -> Candidate:
-    return Candidate(name, run, is_ours=False, norm_limit=SOMETHING_ELSE, facts=facts)
+def other(name: str, run: Run, results: Callable = lambda raw, upstream: raw, **facts) -> Candidate:
+    return Candidate(name, run, is_ours=False, norm_limit=SOMETHING_ELSE, facts=facts, results=results)
 
 
 def token_gate(inputs: LogitPair, name: str, upstream_N: torch.Tensor) -> Callable[..., Gate]:

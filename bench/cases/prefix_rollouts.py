@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.cases.comparison import Gate, gate_rows
 from bench.cases.settings import Settings
 from esr_kernels import Impl, LogitStorage, OutputHead, select_topk_ids
+from esr_kernels.testing.error_budget import relative_error_in_norm
 from esr_kernels.testing.inputs import make_hidden_pair
 from esr_kernels.testing.logprob_inputs import PrefixInputs
 from esr_kernels.testing.logprob_oracle import (
@@ -23,7 +24,7 @@ from esr_kernels.testing.logprob_oracle import (
     linear_prefix_logprobs_oracle,
     prefix_logprobs_oracle,
 )
-from esr_kernels.testing.oracle import Oracle, Results
+from esr_kernels.testing.oracle import FLOAT32_BOUND, Oracle, Results
 
 
 class LogitRollouts(NamedTuple):
@@ -63,8 +64,8 @@ class GateSlots(NamedTuple):
         return torch.zeros_like(upstream_B_K).index_put(here, upstream_B_K[here])
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """What the oracle says about a result: a slot is a row. Gradients of a head are sums, compared whole."""
-        if name == "grad_weight":
+        """What the oracle says about a result: a slot is a row. Gradients of a head, and losses, are sums, compared whole."""
+        if name in ("grad_weight", "loss"):
             return tensor
         if name in ("grad_hidden", "grad_logits"):
             return tensor[self.batch_S, self.start - 1 + self.slot_S]
@@ -88,6 +89,31 @@ def prefix_gate(
         oracle = linear_prefix_logprobs_oracle(*arguments, trained=trained, logits=storage)
         same_dtype = evaluate_linear_prefix_logprobs(*arguments, impl=Impl.REFERENCE, trained=trained)
         return Gate(slots.part, Oracle(*map(of_one_slot, oracle)), of_one_slot(same_dtype))
+
+    return gate
+
+
+class MeanGate(Gate):
+    """With the error of "loss", which every implementation of a mean gives."""
+
+    def errors(self, actual: Results) -> dict[str, float]:
+        return {"loss": relative_error_in_norm(actual["loss"], self.oracle.values["loss"]), **super().errors(actual)}
+
+
+def mean_gate(
+    inputs: PrefixInputs, slots: GateSlots, trained: tuple[str, ...], upstream_B_K: Tensor
+) -> Callable[[LogitStorage], Gate]:
+    """`prefix_gate` with the loss: the sum of log-probs times upstream gradients, which are -1 / S in the slots and else 0."""
+    gate_of = prefix_gate(inputs, slots, trained, upstream_B_K)
+    upstream_S = upstream_B_K[slots.batch_S, slots.slot_S].double()
+
+    @cache
+    def gate(storage: LogitStorage) -> Gate:
+        part, (values, bounds), same_dtype = gate_of(storage)
+        terms_S = values["logprobs"] * upstream_S
+        bound = (bounds["logprobs"] * upstream_S.abs()).sum() + FLOAT32_BOUND * terms_S.abs().sum()
+        loss = {"loss": (same_dtype["logprobs"] * upstream_S.float()).sum()}
+        return MeanGate(part, Oracle(values | {"loss": terms_S.sum()}, bounds | {"loss": bound}), same_dtype | loss)
 
     return gate
 

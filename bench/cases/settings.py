@@ -29,7 +29,7 @@ class Settings:
     tiles: tuple[tuple[int, int], ...]  # (block_vocab, num_warps)
     slice_ids: tuple[int, ...]
     projection_columns: tuple[int, ...]
-    batch_sizes: tuple[int, ...]  # of the sampler: C1, and in float32
+    batch_sizes: tuple[int, ...]  # of the sampler: C1 and C4, and C1 in float32
     float32_batch_sizes: tuple[int, ...]
     filter_batch_sizes: tuple[int, ...]  # C2
     extreme_batch_sizes: tuple[int, ...]  # C3

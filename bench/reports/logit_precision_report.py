@@ -1,7 +1,6 @@
 """The results of `logit_precision.py` as tables and as a figure."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from bench.reports.markdown_tables import markdown
 from esr_distill.complete_files import complete_file
 
 BUDGET = 2e-3
@@ -50,12 +50,6 @@ def scientific(number: float) -> str:
     """Two digits: 5.4e-4."""
     mantissa, exponent = f"{number:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
-
-
-def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    headings = list(headings)
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, rule, *rows])
 
 
 def tables(results: dict) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Tables and the figure of a result file of bench/bench_ops.py, also for one that was brought from elsewhere.
+"""Tables and figures of a result file of bench/bench_ops.py, also for one that was brought from elsewhere.
 
 python -m bench.reports.ops_report bench/results/nvidia-h200/ops.json
 """
@@ -30,7 +30,7 @@ COLUMNS = (
     "first call s",
     "n",
 )
-SIZES = ("N", "V", "D", "T", "K")
+SIZES = ("B", "N", "V", "D", "T", "K")
 
 
 def measured(row: dict) -> str:
@@ -142,24 +142,32 @@ def write_figure(results: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = accuracy_rows(results)
-    figure, axes = plt.subplots(figsize=(8, 5))
+    gaps = sorted({row["gap"] for row in rows}, reverse=True)
+    figure, axes = plt.subplots(figsize=(9.5, 5.2), constrained_layout=True)
     for name in dict.fromkeys(row["implementation"] for row in rows):
-        points = [row for row in rows if row["implementation"] == name]
-        x, y = [row["median_ms"] for row in points], [largest_gradient_error(row) for row in points]
-        axes.plot(x, y, marker="o", linewidth=1, label=name)
-        for row, left, height in zip(points, x, y, strict=True):
-            axes.annotate(
-                f"{row['mean_divergence']:.1g}", (left, height), fontsize=6, xytext=(4, 2), textcoords="offset points"
-            )
+        of_name = [row for row in rows if row["implementation"] == name]
+        x, y = [row["median_ms"] for row in of_name], [largest_gradient_error(row) for row in of_name]
+        (line,) = axes.plot(x, y, linewidth=1, label=name)
+        # A time hardly depends on the gap, so that points of the exact ones lie on each other: small ones are on top.
+        sizes = [150 / (1 + gaps.index(row["gap"])) ** 1.5 for row in of_name]
+        axes.scatter(x, y, s=sizes, color=line.get_color(), edgecolors="white", linewidths=0.6, zorder=3)
     axes.axhline(2e-3, color="gray", linestyle=":", linewidth=1)
+    axes.text(
+        0.995, 2.1e-3, "budget 2e-3", transform=axes.get_yaxis_transform(), ha="right", fontsize=8, color="#555555"
+    )
+    machine = results["machine"]
+    name = "smoke run: no figure here means anything" if results["is_smoke"] else machine["gpu"] or machine["processor"]
     axes.set(
         xlabel="time of forward and backward (ms)",
         ylabel="error of the gradient in norm, against float64",
         yscale="log",
-        title="smoke run: no figure here means anything" if results["is_smoke"] else results["machine"]["gpu"],
     )
-    axes.legend(fontsize=7, title="labels: mean divergence in nats", title_fontsize=7)
-    figure.tight_layout()
+    axes.set_title(f"{name}: L7", loc="left")
+    axes.set_xlim(left=0)
+    nats = [f"{row['mean_divergence']:.1g}" for gap in (gaps[0], gaps[-1]) for row in rows if row["gap"] == gap]
+    title = f"mean reverse KL from {nats[0]} nats (large\npoints) to {nats[-1]} (small ones)"
+    axes.legend(fontsize=8, title=title, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     with complete_file(path) as partial:
         figure.savefig(partial, format="png", dpi=130)
     plt.close(figure)
@@ -175,11 +183,22 @@ def write_report(results: dict, path: Path) -> list[Path]:
     return written
 
 
+def write_all(results: dict, path: Path) -> list[Path]:
+    """What `write_report` writes, and the roofline where something was timed."""
+    from bench.reports import roofline  # a benchmark writes its report where there may be no matplotlib
+
+    written = write_report(results, path)
+    if any(roofline.points(results)):
+        written.append(path.with_name(f"{path.stem}-roofline.png"))
+        roofline.write_figure(results, written[-1])
+    return written
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="a result file, e.g. bench/results/nvidia-h200/ops.json")
     path = parser.parse_args(argv).result
-    print(*write_report(json.loads(path.read_text(encoding="utf-8")), path), sep="\n")
+    print(*write_all(json.loads(path.read_text(encoding="utf-8")), path), sep="\n")
     return 0
 
 

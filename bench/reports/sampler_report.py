@@ -1,7 +1,9 @@
-"""The tables of C1 to C3, in microseconds, and what follows from them."""
+"""The tables of the sampler: C1 to C3 in microseconds with what follows from them, and the one of a CPU."""
 
 from bench.cases.comparison import derived
 from bench.cases.sampler_inputs import LM_LIKE
+from bench.reports.markdown_tables import markdown
+from bench.reports.row_keys import setting_of
 
 SAMPLER_COLUMNS = (
     "logits",
@@ -68,17 +70,12 @@ def sampler_row(row: dict, copy_gb_per_s: float) -> tuple[str, ...]:
     )
 
 
-def same_setting(row: dict, *, logits: bool = True) -> tuple:
-    names = ("case", "B", "V", "dtype", "sampler", *(("logits",) if logits else ()))
-    return tuple(row[name] for name in names)
-
-
 def against_others(rows: list[dict]) -> list[str]:
     """For each timed row of ours the fastest of the others in its setting, PyTorch and peers apart, or that there is none."""
     timed = [row for row in rows if row["status"] == "timed"]
     lines = []
     for ours in (row for row in timed if row["is_ours"]):
-        others = [row for row in timed if not row["is_ours"] and same_setting(row) == same_setting(ours)]
+        others = [row for row in timed if not row["is_ours"] and setting_of(row) == setting_of(ours)]
         parts = []
         for label, is_peer in (("PyTorch", False), ("peers", True)):
             for has_logprobs in (True, False):
@@ -99,10 +96,26 @@ def against_lm_like(rows: list[dict]) -> list[str]:
     lines = []
     for row in (row for row in timed if row["logits"] != LM_LIKE):
         for usual in timed:
-            key = usual["implementation"], usual["logits"], same_setting(usual, logits=False)
-            if key == (row["implementation"], LM_LIKE, same_setting(row, logits=False)):
+            key = usual["implementation"], usual["logits"], setting_of(usual, without=("logits",))
+            if key == (row["implementation"], LM_LIKE, setting_of(row, without=("logits",))):
                 ratio = row["median_ms"] / usual["median_ms"]
                 lines.append(
                     f"- {row['sampler']}, {place(row)}: {row['implementation']} takes {ratio:.2f} x its LM-like time."
                 )
     return lines
+
+
+def cpu_table(results: dict) -> str:
+    """Median and percentiles of every implementation, and how many times ours it takes."""
+    ours = {(row["dtype"], row["sampler"]): row.get("median_ms") for row in results["rows"] if row["is_ours"]}
+    lines = []
+    for row in results["rows"]:
+        start = row["dtype"], row["sampler"], row["implementation"]
+        if row["status"] != "timed":
+            lines.append((*start, row["status"], "", ""))
+            continue
+        our_ms = ours[start[:2]]
+        ratio = f"{row['median_ms'] / our_ms:.1f}" if our_ms else "ours was not timed"
+        spread = f"{row['p10_ms']:.1f} to {row['p90_ms']:.1f}" if row["repetitions"] > 1 else ""
+        lines.append((*start, f"{row['median_ms']:.1f}", spread, ratio))
+    return markdown(("dtype", "sampler", "implementation", "median ms", "p10 to p90", "x ours"), lines, "lllrrr")

@@ -44,6 +44,13 @@ def verl_topk(student_logits, teacher_topk_log_probs, teacher_topk_ids, config, 
     return {"distillation_losses": (teacher.exp() * (teacher - student)).sum(-1)}
 
 
+def cut_cross_entropy(
+    e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce"
+):
+    assert (softcap, reduction, shift) == (None, "none", False) and (targets != ignore_index).all()
+    return -logprobs(e, c, targets)
+
+
 # Stand-ins with the positions and the signs that were read in the wheels.
 PEER_MODULES = {
     "trl.kernels.chunked_logprob": {"ChunkedLogProbFunction": SimpleNamespace(apply=trl)},
@@ -51,6 +58,7 @@ PEER_MODULES = {
     "liger_kernel.ops.fused_linear_scaled_cross_entropy": {
         "LigerFusedLinearScaledCrossEntropyFunction": SimpleNamespace(apply=liger)
     },
+    "cut_cross_entropy": {"linear_cross_entropy": cut_cross_entropy},
     "verl.utils.kernel.linear_cross_entropy": {"linear_cross_entropy": verl},
     "verl.trainer.distillation.fsdp.losses": {"compute_forward_kl_topk": verl_topk},
 }
@@ -89,7 +97,13 @@ def test_log_probs_written_in_pytorch_are_those_of_the_reference(bench, rollouts
 
 
 @pytest.mark.parametrize(
-    "name", ["TRL chunked log-prob", "Liger fused_linear_scaled_cross_entropy", "verl linear_cross_entropy"]
+    "name",
+    [
+        "TRL chunked log-prob",
+        "Liger fused_linear_scaled_cross_entropy",
+        "verl linear_cross_entropy",
+        "cut-cross-entropy",
+    ],
 )
 def test_log_probs_of_a_peer_have_its_arguments_and_our_sign(bench, peers, rollouts, name):
     baselines = bench("baselines.pytorch")

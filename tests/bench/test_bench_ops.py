@@ -20,10 +20,13 @@ from esr_kernels.testing.oracle import evaluate_token_divergence
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_CASES = (
-    *("K1", "L1", "B2", "C1", "C2", "L6", "B1", "L7", "L3", "L2", "L5", "C3", "K2", "K3", "B4", "L4"),
+    *("K1", "L1", "B2", "C1", "C2", "L6", "B1", "L7", "L3", "C4", "B3", "L2", "L5", "C3", "K2", "K3", "B4", "L4"),
     *("tiles", "slices"),
 )
-PEERS = ("TRL", "Liger", "verl", "FlashInfer", "vLLM")
+PEERS = (
+    *("TRL", "Liger", "FLA", "verl", "cut-cross-entropy", "QuACK", "FlashInfer", "vLLM", "FlashSampling"),
+    "auto-chunker",  # of inductor, which a smoke run does not use
+)
 
 
 def run_pytest(*arguments: str, program: tuple[str, ...] = ("-m", "pytest")) -> subprocess.CompletedProcess:
@@ -199,7 +202,8 @@ def test_work_of_a_prefix_is_that_of_its_rows(smoke):
 
 def test_errors_are_those_of_the_precision(smoke):
     for row in rows_of(smoke, "K1", dtype="float32", **{"pass": "forward and backward"}):
-        assert row["errors"]["grad_student_logits"] < 1e-5, row
+        if row["status"] == "timed":
+            assert row["errors"]["grad_student_logits"] < 1e-5, row
     near = {row["implementation"]: row for row in rows_of(smoke, "L7", gap=0.1) if row["status"] == "timed"}
     assert near["compile, bfloat16 logits"]["errors"]["grad_student_hidden"] > 0.02
     for name in ("ours, float32", "ours, tile_relative_fp16"):

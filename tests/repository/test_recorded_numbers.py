@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import record_demo
+from bench import record_demo, report
 from bench.precision import logprob_precision
-from bench.reports import cpu_tables, logit_precision_report
+from bench.reports import logit_precision_report
+from bench.reports.result_files import kind_of, read_machines
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = sorted((ROOT / "bench" / "results").glob("*/demo-*.json"))
@@ -42,12 +43,25 @@ def test_the_tables_of_the_numerics_are_those_of_the_result_files():
     assert dict(recorded) == tables
 
 
-def test_the_tables_of_the_benchmark_page_are_those_of_the_result_files():
-    document = (ROOT / "docs" / "benchmarks.md").read_text()
-    recorded = dict(re.findall(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", document, re.DOTALL))
-    tables = cpu_tables.tables()
-    assert set(tables) == {"sampler-cpu", "rollouts-cpu"} and recorded == tables
-    assert all(table.count("\n") > 5 for table in tables.values())
+def test_the_benchmark_page_is_what_the_result_files_give():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    machines = read_machines(ROOT / "bench" / "results")
+    blocks = report.page_blocks(machines, "../bench/results")
+    assert set(report.recorded_blocks(page)) == set(blocks), "every block has a generator, every generator a block"
+    assert set(re.findall(r"<!-- (?!end )(.+) -->", page)) == {*blocks, "machines"}
+    assert report.differing_blocks(page, blocks) == []
+    assert report.brought_up_to_date(page, blocks) == page
+    assert report.stale_files(ROOT / "bench" / "results", machines) == []
+
+
+def test_the_benchmark_page_names_every_result_file_that_it_may():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    names = [path.name for path in (ROOT / "bench" / "results").glob("*/*.json") if kind_of(path.name)]
+    assert {"sampler_cpu.json", "rollouts-rewrite-student.json"} <= set(names)
+    assert all(f"#### `{name}`" in page for name in names)
+    rows = json.loads((ROOT / "bench/results/amd-epyc/sampler_cpu.json").read_text())["rows"]
+    for row in rows:
+        assert f"| {row['implementation']} | {row['median_ms']:.1f} |" in page
 
 
 def test_a_block_is_replaced_whole_and_a_missing_one_is_an_error():

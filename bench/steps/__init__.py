@@ -1,0 +1,1 @@
+"""Whole training steps to measure: ours, and what people have today."""
