@@ -1,18 +1,21 @@
 """Checkpoints: a folder that appears whole or not at all, in Hugging Face format plus what exact resuming needs."""
 
-import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from esr_distill.complete_files import complete_folder, read_json, write_json
+from esr_distill.adapters import has_adapter, save_adapter
+from esr_distill.complete_files import complete_folder, read_json, write_json, write_text
 from esr_distill.input_error import InputError
+from esr_distill.kept_checkpoints import evaluation_at, find_checkpoints, latest_checkpoint, remove_checkpoints
+from esr_distill.model_card import model_card
 from esr_distill.training_run import TrainingRun
 
-FOLDER = re.compile(r"checkpoint-(\d+)")
-STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.pt"
+STATE_FILE, OPTIMIZER_FILE, CARD_FILE = "trainer_state.json", "optimizer.pt", "README.md"
+CUDA_RANDOM_STATE = "cuda_random_state"
+
+__all__ = ["TrainerState", "find_checkpoints", "latest_checkpoint", "load_training_state", "save_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -24,50 +27,35 @@ class TrainerState:
 
 
 def save_checkpoint(run: TrainingRun, state: TrainerState, output_dir: Path) -> Path:
-    """Write `checkpoint-<step>`: weights, tokenizer, optimizer, schedule, random state, step.
+    """Write `checkpoint-<step>`: weights, or the adapter where one is trained, tokenizer, a card, optimizer, schedule, random
+    states, step.
 
     A folder of that name is complete: a write that fails leaves the earlier checkpoints as they were. Older ones beyond
-    `run.keep_checkpoints` go afterwards.
+    `run.keep_checkpoints` and `run.keep_best` go afterwards.
     """
+    settings = run.config.run
     final = output_dir / f"checkpoint-{state.step:06d}"
     with complete_folder(final) as partial:
-        run.student.save_pretrained(partial)
+        if has_adapter(run.student):
+            save_adapter(run.student, partial)
+        else:
+            run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
+        write_text(partial / CARD_FILE, model_card(run.config, state.step, evaluation_at(output_dir, state.step)))
+        random_states = {"torch_random_state": torch.get_rng_state()}
+        if run.device.type == "cuda":
+            random_states[CUDA_RANDOM_STATE] = torch.cuda.get_rng_state(run.device)
         torch.save(
-            {
-                "optimizer": run.optimizer.state_dict(),
-                "scheduler": run.scheduler.state_dict(),
-                "torch_random_state": torch.get_rng_state(),
-            },
+            {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict(), **random_states},
             partial / OPTIMIZER_FILE,
         )
         write_json(partial / STATE_FILE, asdict(state) | {"prompts_sha256": run.prompts.digest})
-    for old in find_checkpoints(output_dir)[: -run.config.run.keep_checkpoints]:
-        shutil.rmtree(old)
+    remove_checkpoints(output_dir, newest=settings.keep_checkpoints, keep_best=settings.keep_best)
     return final
 
 
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    return sorted(
-        (p for p in output_dir.iterdir() if FOLDER.fullmatch(p.name)), key=lambda p: int(p.name.split("-")[1])
-    )
-
-
-def latest_checkpoint(output_dir: Path) -> Path:
-    """The newest complete checkpoint. Raises InputError where there is none."""
-    checkpoints = find_checkpoints(output_dir)
-    if not checkpoints:
-        raise InputError(
-            f"--resume must name the folder of a run with a checkpoint, got {str(output_dir)!r}, which has none"
-        )
-    return checkpoints[-1]
-
-
 def load_training_state(run: TrainingRun, checkpoint: Path) -> TrainerState:
-    """Put optimizer, schedule and random state back; the weights were loaded with the model.
+    """Put optimizer, schedule and random states back; the weights were loaded with the model.
 
     Raises:
         InputError: the prompts are not those that the run began with, so it could not go on as it would have.
@@ -82,4 +70,6 @@ def load_training_state(run: TrainingRun, checkpoint: Path) -> TrainerState:
     run.optimizer.load_state_dict(saved["optimizer"])
     run.scheduler.load_state_dict(saved["scheduler"])
     torch.set_rng_state(saved["torch_random_state"].cpu())
+    if run.device.type == "cuda" and CUDA_RANDOM_STATE in saved:
+        torch.cuda.set_rng_state(saved[CUDA_RANDOM_STATE].cpu(), run.device)
     return TrainerState(**state)

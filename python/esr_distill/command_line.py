@@ -13,7 +13,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from esr_distill.config import EvalConfig
-from esr_distill.config_file import load_saved_config, read_config, train_parser
+from esr_distill.config_file import load_saved_config, parse_train_options, train_parser
 from esr_distill.demo.settings import DemoConfig
 from esr_distill.exit_status import BAD_INPUT, INTERRUPTED, NOT_FINITE
 from esr_distill.input_error import InputError
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     trainer = train_parser()
     commands = {
-        "eval": settings_parser(EvalConfig, "Greedy accuracy of a model on problems with answers."),
+        "eval": settings_parser(EvalConfig, "Accuracy of a model on problems with answers, greedy or over samples."),
         "demo": settings_parser(DemoConfig, "Distil a tiny student by ESR and by full rollouts, with a report."),
         "demo-real": settings_parser(RealDemoConfig, "A short ESR distillation of SmolLM2-135M on GSM8K prompts."),
     }
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     command, settings = options.subcommand, options[options.subcommand]
     try:
         if command == "train":
-            return run_train(settings, trainer, argv)
+            return run_train(settings, argv)
         return run_command(command, commands[command].instantiate(settings).as_dict())
     except InputError as error:
         print(f"esr-distill {command}: {error}", file=sys.stderr)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def run_train(options: Namespace, parser: ArgumentParser, argv: list[str]) -> int:
+def run_train(options: Namespace, argv: list[str]) -> int:
     if options.resume is not None:
         if argv not in (["train", "--resume", options.resume], ["train", f"--resume={options.resume}"]):
             raise InputError(
@@ -66,7 +66,7 @@ def run_train(options: Namespace, parser: ArgumentParser, argv: list[str]) -> in
             )
         config = load_saved_config(Path(options.resume))
     else:
-        config = read_config(options, parser)
+        config = parse_train_options(argv[1:])
     from esr_distill.progress import make_console
     from esr_distill.train import train
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -9,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from esr_distill.complete_files import write_text
 from esr_distill.config import TrainConfig
 from esr_distill.input_error import InputError
+from esr_distill.presets import PRESETS
 
 CONFIG_FILE = "config.yaml"
 
@@ -20,8 +22,22 @@ def train_parser() -> ArgumentParser:
     parser.add_argument(
         "--resume", type=str, default=None, help="Folder of a run to go on with; takes no other option."
     )
+    parser.add_argument(
+        "--preset", type=Literal[tuple(PRESETS)] | None, default=None, help="A published method; all other options win."
+    )
     parser.add_class_arguments(TrainConfig, None)
     return parser
+
+
+def parse_train_options(arguments: list[str]) -> TrainConfig:
+    """The config that file and flags give, on top of the preset that they name."""
+    parser = train_parser()
+    options = parser.parse_args(arguments)
+    if options.preset is not None:
+        given = parser.parse_args(arguments, defaults=False)
+        parser.set_defaults({name: value for name, value in PRESETS[options.preset].items() if name not in given})
+        options = parser.parse_args(arguments)
+    return read_config(options, parser)
 
 
 def read_config(options: Namespace, parser: ArgumentParser) -> TrainConfig:
@@ -33,6 +49,8 @@ def read_config(options: Namespace, parser: ArgumentParser) -> TrainConfig:
     for name in TrainConfig.__dataclass_fields__:
         if not isinstance(options[name], Namespace):
             raise InputError(f"{name} must be a group of options, got {options[name]!r}")
+    if not isinstance(options["model"]["lora"], Namespace):
+        raise InputError(f"model.lora must be a group of options, got {options['model']['lora']!r}")
     groups = parser.instantiate(options)
     return TrainConfig(**{name: groups[name] for name in TrainConfig.__dataclass_fields__})
 

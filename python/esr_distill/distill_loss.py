@@ -52,22 +52,35 @@ def make_divergence(loss: LossConfig):
         raise InputError(f"loss.divergence_parameter: {error}") from None
 
 
-def normalize_divergence(divergence_N: Tensor, row_N: Tensor, batch_size: int, normalizer: str) -> Tensor:
+def normalize_divergence(
+    divergence_N: Tensor,
+    weights_N: Tensor,
+    row_N: Tensor,
+    batch_size: int,
+    normalizer: str,
+    denominator: float | None = None,
+) -> Tensor:
     """Reduce the divergence of N positions in `batch_size` rollouts to a scalar.
 
-    With d(b, t) the divergence at position t of rollout b and n(b) its number of trained positions:
+    With d(b, t) the divergence at position t of rollout b, w(b, t) its weight and n(b) its number of positions with w > 0:
 
-    - "sum":            1/B sum_b sum_t d(b, t)           (arXiv 2605.27028, Eq. 2, the expectation over B rollouts)
-    - "sequence_mean":  1/B sum_b 1/n(b) sum_t d(b, t)    (the authors' code)
-    - "token_mean":     sum_b sum_t d(b, t) / sum_b n(b)
+    - "sum":            1/B sum_b sum_t w d               (arXiv 2605.27028, Eq. 2, the expectation over B rollouts)
+    - "sequence_mean":  1/B sum_b 1/n(b) sum_t w d        (the authors' code)
+    - "token_mean":     sum_b sum_t w d / sum_b n(b)
+    - "fixed":          sum_b sum_t w d / denominator
 
-    A rollout holds at least one token, so n(b) >= 1.
+    A rollout without positions adds 0 and counts in B; where there is no position at all the loss is 0 and so is its gradient.
+    A divergence of a position with weight 0 is not read, whatever it is.
     """
+    is_kept_N = weights_N > 0
+    weighted_N = torch.where(is_kept_N, weights_N * divergence_N, 0.0)
     if normalizer == "token_mean":
-        return divergence_N.mean()
+        return weighted_N.sum() / is_kept_N.sum().clamp_min(1)
     if normalizer == "sum":
-        return divergence_N.sum() / batch_size
+        return weighted_N.sum() / batch_size
     if normalizer == "sequence_mean":
-        count_B = torch.bincount(row_N, minlength=batch_size).to(divergence_N.dtype)
-        return (divergence_N / count_B[row_N]).sum() / batch_size
-    raise ValueError(f"normalizer must be sum, sequence_mean or token_mean, got {normalizer!r}")
+        count_B = torch.bincount(row_N[is_kept_N], minlength=batch_size).clamp_min(1).to(divergence_N.dtype)
+        return (weighted_N / count_B[row_N]).sum() / batch_size
+    if normalizer == "fixed":
+        return weighted_N.sum() / denominator
+    raise ValueError(f"normalizer must be sum, sequence_mean, token_mean or fixed, got {normalizer!r}")

@@ -1,6 +1,5 @@
-"""Measure a model: greedy accuracy with its standard error, and the divergence by response position."""
+"""Measure a model: its accuracy on problems, greedy or over samples, and the divergence by response position."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,45 +10,26 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
+from esr_distill.accuracy import Accuracy
 from esr_distill.config import DataConfig, EvaluationConfig
 from esr_distill.distill_loss import choose_impl
+from esr_distill.grades import Grades, Reply, grade_replies
 from esr_distill.hidden_states import last_hidden_states, output_head
 from esr_distill.input_error import InputError
 from esr_distill.models import StopIds
 from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.prompts import PromptRecord, PromptSet, pad_prompts, tokenize_prompts
+from esr_distill.repetition import end_repeats
 from esr_distill.rollout import InProcessBackend, RolloutBackend, RolloutBatch, generate_rollouts
-from esr_distill.sampler_settings import GREEDY, SamplerSettings
-from esr_distill.scorers import expected_answer, is_correct
+from esr_distill.rollout.eval_mode import eval_mode
+from esr_distill.rollout.hf_generate import HFGenerateBackend
+from esr_distill.sampler_settings import SamplerSettings
+from esr_distill.scorers import SCORERS, expected_answer
 from esr_kernels import Divergence, ReverseKL, linear_divergence
 
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Greedy accuracy on `count` problems.
-
-    Attributes:
-        accuracy: Share of replies with the right final answer.
-        standard_error: sqrt(a (1 - a) / n), of the problems drawn; decoding is greedy, so it has no variance of its own.
-        count: n.
-        mean_length: Mean reply length in tokens.
-        finished: Share of replies that ended by EOS within the limit.
-    """
-
-    accuracy: float
-    standard_error: float
-    count: int
-    mean_length: float
-    finished: float
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A response as text, its length in tokens, and whether it ended by EOS within the limit."""
-
-    text: str
-    length: int
-    finished: bool
+# Request ids of a problem's samples lie this far apart: sample s of a problem draws from the same random stream whatever the
+# number of samples, the limit and the batch size.
+SAMPLE_STRIDE = 2**32
 
 
 @dataclass(frozen=True)
@@ -82,12 +62,18 @@ class Evaluation:
         """
         option = f"{group}prompts"
         records = records[: settings.limit]
+        SCORERS[settings.scorer].check(f"{group}scorer", settings.scorer)
+        if settings.sampling_temperature > 0 and isinstance(rollouts, HFGenerateBackend):
+            raise InputError(
+                f"{group}sampling_temperature must be 0 for the backend hf_generate, whose draws depend on the batch, "
+                f"got {settings.sampling_temperature}"
+            )
         for number, record in enumerate(records, 1):
             if record.answer is None:
                 raise InputError(f'{option} must have an "answer" to every prompt, got none to prompt {number}')
             if expected_answer(record.answer, settings.scorer) is None:
                 raise InputError(
-                    f"{option} must have answers in which {settings.scorer} finds a number, "
+                    f"{option} must have answers in which {settings.scorer} finds one to compare with, "
                     f"got {record.answer[:60]!r} to prompt {number}"
                 )
         problems = tokenize_prompts(records, tokenizer, data, pad_id=stop.pad_id, device=device, option=option)
@@ -96,26 +82,30 @@ class Evaluation:
         return cls(problems, tokenizer, settings, stop, rollouts or InProcessBackend())
 
     def accuracy(self, model: PreTrainedModel, console: Console | None = None) -> Accuracy:
-        """Answer every problem greedily and score the replies; shows progress on `console` if one is given."""
+        """Answer every problem and score the replies; shows progress on `console` if one is given."""
         return self.score(self.replies(model, console))
 
     def replies(self, model: PreTrainedModel, console: Console | None = None) -> list[Reply]:
-        """The greedy reply to each problem, in order."""
-        batches = self.batches(model, GREEDY, 0, console)
+        """The replies to each problem, in order, the `samples_per_problem` of one problem next to each other.
+
+        Each is drawn from a random stream of its own, named by (seed, problem, sample), as training rollouts are, so the batch
+        size changes no random number. It may change the last bits of logits, where matrix products depend on their shape.
+        """
+        settings = self.settings
+        batches = self.batches(
+            model, settings.sampler, settings.seed, console, samples_per_problem=settings.samples_per_problem
+        )
         return [reply for rollouts in batches for reply in decode_replies(rollouts, self.tokenizer)]
 
+    def grade(self, replies: list[Reply]) -> Grades:
+        """What is right about each reply; `replies` are as the method of this name gives them."""
+        scorer = self.settings.scorer
+        expected = [expected_answer(answer, scorer) for answer in self.problems.answers]
+        return grade_replies(replies, expected, scorer, self.settings.samples_per_problem)
+
     def score(self, replies: list[Reply]) -> Accuracy:
-        """Accuracy of one reply to each problem."""
-        pairs = zip(replies, self.problems.answers, strict=True)
-        correct = [is_correct(reply.text, answer, self.settings.scorer) for reply, answer in pairs]
-        count, share = len(correct), sum(correct) / len(correct)
-        return Accuracy(
-            accuracy=share,
-            standard_error=math.sqrt(share * (1 - share) / count),
-            count=count,
-            mean_length=sum(reply.length for reply in replies) / count,
-            finished=sum(reply.finished for reply in replies) / count,
-        )
+        """Accuracy of the replies."""
+        return Accuracy.of(self.grade(replies))
 
     def own_divergence(
         self, student: PreTrainedModel, teacher: PreTrainedModel, console: Console | None = None
@@ -134,17 +124,28 @@ class Evaluation:
         return sum_K[:reached], count_K[:reached]
 
     def batches(
-        self, model: PreTrainedModel, sampler: SamplerSettings, seed: int, console: Console | None = None
+        self,
+        model: PreTrainedModel,
+        sampler: SamplerSettings,
+        seed: int,
+        console: Console | None = None,
+        *,
+        samples_per_problem: int = 1,
     ) -> Iterator[RolloutBatch]:
         """Rollouts of all problems in order, at most `settings.batch_size` at a time; then the backend's memory is free."""
-        starts = range(0, len(self.problems.token_ids), self.settings.batch_size)
+        pieces = split_replies(len(self.problems.token_ids), samples_per_problem, self.settings.batch_size)
         if console is not None:
-            starts = track(starts, "evaluating", console=console, transient=True)
-        for start in starts:
-            indices = list(range(start, min(start + self.settings.batch_size, len(self.problems.token_ids))))
+            pieces = track(pieces, "evaluating", console=console, transient=True)
+        for problems, samples in pieces:
+            prompts = pad_prompts(
+                self.problems,
+                [problem for problem in problems for _ in samples],
+                request_ids=[problem + sample * SAMPLE_STRIDE for problem in problems for sample in samples],
+                samples_per_prompt=len(samples),
+            )
             yield generate_rollouts(
                 model,
-                pad_prompts(self.problems, indices, request_ids=indices),
+                prompts,
                 horizon=self.settings.max_tokens,
                 sampler=sampler,
                 eos_ids=self.stop.eos_ids,
@@ -155,12 +156,24 @@ class Evaluation:
         self.rollouts.release()
 
 
+def split_replies(num_problems: int, num_samples: int, batch_size: int) -> list[tuple[range, range]]:
+    """(problems, samples) of each batch, at most `batch_size` replies: whole problems where one fits, else a part of one's
+    samples. A batch reads each of its prompts once."""
+    if num_samples > batch_size:
+        pieces = [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
+        return [(range(problem, problem + 1), samples) for problem in range(num_problems) for samples in pieces]
+    step = batch_size // num_samples
+    starts = range(0, num_problems, step)
+    return [(range(start, min(start + step, num_problems)), range(num_samples)) for start in starts]
+
+
 def decode_replies(rollouts: RolloutBatch, tokenizer: PreTrainedTokenizerBase) -> list[Reply]:
     """The responses as text without special tokens."""
-    lengths = rollouts.response_lengths_B.tolist()
-    rows = zip(rollouts.response_ids_B_K.tolist(), lengths, strict=True)
-    texts = tokenizer.batch_decode([ids[:length] for ids, length in rows], skip_special_tokens=True)
-    return [Reply(*fields) for fields in zip(texts, lengths, rollouts.stopped_by_eos_B.tolist(), strict=True)]
+    lengths, stopped = rollouts.response_lengths_B.tolist(), rollouts.stopped_by_eos_B.tolist()
+    rows = [ids[:length] for ids, length in zip(rollouts.response_ids_B_K.tolist(), lengths, strict=True)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    repeats = [end_repeats(ids[:-1] if has_eos else ids) for ids, has_eos in zip(rows, stopped, strict=True)]
+    return [Reply(*fields) for fields in zip(texts, lengths, stopped, repeats, strict=True)]
 
 
 @torch.no_grad()
@@ -181,8 +194,10 @@ def divergence_by_position(
         sum_K, count_K: (K,) float64, K the longest response.
     """
     positions = select_prefix_positions(rollouts, rollouts.response_ids_B_K.shape[1])
+    with eval_mode(student):
+        student_hidden_N_D = gather_rows(last_hidden_states(student, rollouts), positions)
     output = linear_divergence(
-        gather_rows(last_hidden_states(student, rollouts), positions),
+        student_hidden_N_D,
         output_head(student),
         gather_rows(last_hidden_states(teacher, rollouts), positions),
         output_head(teacher),

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_flash_attn_2_available
 
+from esr_distill.adapters import find_adapter, load_frozen_adapter
 from esr_distill.input_error import InputError
+from esr_distill.weight_formats import check_safetensors, four_bit_arguments, gguf_arguments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,24 +50,47 @@ def choose_attention(name: str, device: torch.device, *, is_in_16_bits: bool) ->
 
 
 def load_model(
-    source: str, option: str, *, dtype: str, attn_implementation: str, device: torch.device
+    source: str,
+    option: str,
+    *,
+    dtype: str,
+    attn_implementation: str,
+    device: torch.device,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    in_4_bit: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM in eval mode. Nothing is unpickled and no code of the model's repository is run.
+    """A causal LM in eval mode. Nothing is unpickled; code of the model's repository is run with `trust_remote_code` alone.
+
+    A source that holds an adapter gives the base model that the adapter names, with the adapter on it, all of it frozen.
+
+    Args:
+        gguf_file: read this file of `source`, through transformers' own converter, in place of safetensors.
+        in_4_bit: keep the linear layers in 4 bits and compute in `dtype`.
 
     Raises:
-        InputError: neither a local model folder nor a hub id that can be reached; weights that are damaged, not there
-            (transformers would draw them at random) or not finite.
+        InputError: neither a local model folder nor a hub id that can be reached; weights that are damaged, no safetensors, not
+            there (transformers would draw them at random) or not finite; a package that is missing.
     """
     if attn_implementation == "flash_attention_2" and device.type == "cpu":
         raise InputError("model.attn_implementation must be sdpa or eager on a CPU, got 'flash_attention_2'")
+    loading = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    adapter = None if gguf_file is not None else find_adapter(source)
+    if adapter is not None:
+        base = base_of_adapter(source, adapter, option)
+        base_option = f"the base model of {option}"
+        model = load_model(base, base_option, dtype=dtype, device=device, in_4_bit=in_4_bit, **loading)
+        load_frozen_adapter(model, source, option)
+        return model.eval()
+    if gguf_file is not None:
+        files = gguf_arguments(source, gguf_file, option)
+    else:
+        check_safetensors(source, option)
+        files = {"use_safetensors": True}
+    if in_4_bit:
+        files |= four_bit_arguments(DTYPES[dtype], device)
     model, found = _load(
-        AutoModelForCausalLM,
-        source,
-        option,
-        dtype=DTYPES[dtype],
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-        output_loading_info=True,
+        AutoModelForCausalLM, source, option, dtype=DTYPES[dtype], output_loading_info=True, **loading, **files
     )
     if found["missing_keys"]:
         raise InputError(
@@ -68,18 +98,21 @@ def load_model(
             f"{sorted(found['missing_keys'])[0]} ({len(found['missing_keys'])} missing)"
         )
     check_finite_weights(model, option)
-    return model.to(device).eval()
+    return model.eval() if in_4_bit else model.to(device).eval()
 
 
-def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model. Raises InputError where there is none."""
-    return _load(AutoTokenizer, source, option)
+def load_tokenizer(
+    source: str, option: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model, or in its GGUF file. Raises InputError where there is none."""
+    files = {} if gguf_file is None else {"gguf_file": gguf_arguments(source, gguf_file, option)["gguf_file"]}
+    return _load(AutoTokenizer, source, option, trust_remote_code=trust_remote_code, **files)
 
 
 def _load(auto_class, source: str, option: str, **kwargs):
     looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
     try:
-        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
+        return auto_class.from_pretrained(source, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         wanted = (
@@ -88,6 +121,18 @@ def _load(auto_class, source: str, option: str, **kwargs):
             else "a local folder or a hub id that can be reached"
         )
         raise InputError(f"{option} must be {wanted}, got {source!r} ({first_line})") from error
+
+
+def base_of_adapter(source: str, adapter: dict, option: str) -> str:
+    """The model that an adapter was trained on, by its hub id or folder."""
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{option} must hold an adapter that names its base model, got {source!r}, which names none")
+    if (Path(source) / "config.json").is_file() or find_adapter(base) is not None:
+        raise InputError(
+            f"{option} must hold a model, or an adapter of a whole model, got {source!r}, which mixes them"
+        )
+    return base
 
 
 def check_finite_weights(model: PreTrainedModel, option: str) -> None:

@@ -24,14 +24,19 @@ class PrefixPositions:
     token_ids_N: Tensor
 
 
-def select_prefix_positions(rollouts: RolloutBatch, prefix_tokens: int) -> PrefixPositions:
-    """The first `prefix_tokens` response tokens of each rollout, as far as it goes; its first EOS included.
+def select_prefix_positions(
+    rollouts: RolloutBatch, prefix_tokens: int, candidates_B_K: Tensor | None = None
+) -> PrefixPositions:
+    """The first `prefix_tokens` response tokens of each rollout, as far as it goes; its first EOS included. Of these, where
+    `candidates_B_K` is given (bool), those that it names.
 
     Response token t stands at column P + t (P: prompt width), and the hidden state that predicts it one column earlier.
     """
     response_ids_B_K = rollouts.response_ids_B_K
     width = response_ids_B_K.shape[1]
     kept_B_K = response_mask(rollouts.response_lengths_B.clamp_max(prefix_tokens), width)
+    if candidates_B_K is not None:
+        kept_B_K = kept_B_K & candidates_B_K
     row_N, slot_N = kept_B_K.nonzero(as_tuple=True)
     return PrefixPositions(
         row_N=row_N,

@@ -1,10 +1,11 @@
 """Everything that can be known to be wrong before the first step, checked before the first step."""
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill.config import TrainConfig
 from esr_distill.input_error import InputError
-from esr_distill.prompts import PromptSet
+from esr_distill.prepare_prompts import fit_prompts as fit_prompts
 
 
 def check_tokenizer_pair(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -55,29 +56,6 @@ def context_length(*models: PreTrainedModel) -> int | None:
     return min(known) if known else None
 
 
-def fit_prompts(
-    prompts: PromptSet, *, limit: int, limit_source: str, long_prompts: str, option: str
-) -> tuple[PromptSet, int]:
-    """Prompts of at most `limit` tokens and the number dropped.
-
-    Raises:
-        InputError: a prompt is longer and `long_prompts` is "error", or none is left.
-    """
-    fits = [len(ids) <= limit for ids in prompts.token_ids]
-    dropped = len(fits) - sum(fits)
-    if dropped == 0:
-        return prompts, 0
-    if long_prompts == "error" or dropped == len(fits):
-        raise InputError(
-            f"{option} must hold prompts of at most {limit} tokens ({limit_source}), "
-            f"got {dropped} of {len(fits)} that are longer, the longest {prompts.longest} tokens"
-            + ("; data.long_prompts: drop leaves them out" if option == "data.prompts" and dropped < len(fits) else "")
-        )
-    kept = [i for i, fit in enumerate(fits) if fit]
-    ids, answers = [prompts.token_ids[i] for i in kept], [prompts.answers[i] for i in kept]
-    return PromptSet(ids, answers, prompts.pad_id, prompts.device), dropped
-
-
 def prompt_limit(
     max_prompt_tokens: int | None, response_tokens: int, response_option: str, *models: PreTrainedModel
 ) -> tuple[int, str]:
@@ -94,3 +72,27 @@ def prompt_limit(
             f"{response_option} must leave room for a prompt in the models' context of {context}, got {response_tokens}"
         )
     return limit, source
+
+
+def check_options(config: TrainConfig, device: torch.device) -> None:
+    """Options of different groups that contradict each other, and what needs another device."""
+    model, rollout, run, evaluation = config.model, config.rollout, config.run, config.evaluation
+    if model.teacher_offload and device.type != "cuda":
+        raise InputError(f"model.teacher_offload must be false without a CUDA device, got true on {device.type}")
+    if model.teacher_offload and rollout.overlap_teacher:
+        raise InputError(
+            "model.teacher_offload must be false with rollout.overlap_teacher, which keeps the teacher busy while rollouts "
+            "are drawn, got true"
+        )
+    if model.lora.use_peft and rollout.backend == "vllm":
+        raise InputError(
+            "rollout.backend must be inprocess or hf_generate with model.lora.use_peft, since the server is sent whole "
+            "weights, got 'vllm'"
+        )
+    if run.keep_best is not None and evaluation.prompts is None:
+        raise InputError(f"run.keep_best must be unset without evaluation.prompts, got {run.keep_best!r}")
+    if run.keep_best is not None and run.save_every % evaluation.every != 0:
+        raise InputError(
+            f"run.save_every must be a multiple of evaluation.every = {evaluation.every} with run.keep_best, "
+            f"got {run.save_every}"
+        )

@@ -24,9 +24,13 @@ from esr_distill.checkpoint import (
 )
 from esr_distill.config import TrainConfig
 from esr_distill.config_file import save_config
+from esr_distill.full_length_probe import FullLengthProbe, describe_probe
+from esr_distill.horizon_schedule import HorizonSchedule
 from esr_distill.input_error import InputError
-from esr_distill.metrics import MetricsFile
 from esr_distill.progress import TrainingProgress
+from esr_distill.run_log import RunLog
+from esr_distill.sample_table import SampleWatch, sample_table
+from esr_distill.trackers import check_trackers
 from esr_distill.train_step import train_step
 from esr_distill.training_run import TrainingRun, prepare_run
 
@@ -75,8 +79,10 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> Tra
             f"run.output_dir must not hold another run's checkpoints, got {str(output_dir)!r}; "
             f"go on with it by --resume {output_dir}, or choose another folder"
         )
+    check_trackers(config.monitoring.trackers)
     run = prepare_run(config, console, None if checkpoint is None else str(checkpoint))
-    metrics = MetricsFile(output_dir / "metrics.jsonl")
+    probe = FullLengthProbe.prepare(run)
+    log = RunLog(config, output_dir)
     if checkpoint is None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -85,50 +91,91 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> Tra
             raise InputError(
                 f"run.output_dir must be a folder that can be written, got {str(output_dir)!r} ({error.strerror})"
             ) from None
-        metrics.path.unlink(missing_ok=True)
+        log.start_anew()
         state = TrainerState(step=0, train_seconds=0.0)
-        record_accuracy(run, state, metrics, console)
     else:
         state = load_training_state(run, checkpoint)
-        metrics.drop_after(state.step)
+        log.go_on_after(state.step)
         if state.step == config.run.steps:
             console.print(f"all {state.step} steps were done already; the student is in {checkpoint}")
             return TrainResult(True, state.step, checkpoint)
         console.print(f"going on after step {state.step}")
-    return training_loop(run, state, metrics, console)
+    with log:
+        return training_loop(run, state, log, probe, console)
 
 
-def training_loop(run: TrainingRun, state: TrainerState, metrics: MetricsFile, console: Console) -> TrainResult:
-    """Steps, evaluations and checkpoints until the last step or a stop signal; the last one is always saved."""
-    settings, output_dir = run.config.run, Path(run.config.run.output_dir)
+def training_loop(
+    run: TrainingRun, state: TrainerState, log: RunLog, probe: FullLengthProbe | None, console: Console
+) -> TrainResult:
+    """Steps, evaluations, probes and checkpoints until the last step or a stop signal; the last one is always saved."""
+    config, settings = run.config, run.config.run
+    horizons = HorizonSchedule(config.horizon, config.rollout.horizon, settings.steps)
+    for record in log.steps():
+        horizons.observe(record)
+    if state.step == 0:
+        record_accuracy(run, state, log, console)
+        record_probe(run, state, log, console, probe, horizons.horizon(0))
     finished = stopped = False
     with StopSignal(console) as stop, TrainingProgress(console, settings.steps, state.step) as progress:
         while not (finished or stopped):
-            record = train_step(run, state.step)
+            record = watched_step(run, state.step, horizons.horizon(state.step), log, console)
+            horizons.observe(record)
             state = TrainerState(state.step + 1, state.train_seconds + record["seconds"])
-            metrics.write({**record, "train_seconds": state.train_seconds})
+            log.write({**record, "train_seconds": state.train_seconds})
             progress.show(record)
             finished = state.step == settings.steps
-            if finished or state.step % run.config.evaluation.every == 0:
-                record_accuracy(run, state, metrics, console)
+            if finished or state.step % config.evaluation.every == 0:
+                record_accuracy(run, state, log, console)
+            if finished or is_due(config.monitoring.probe_every, state.step):
+                record_probe(run, state, log, console, probe, record["horizon"])
             stopped = stop.received
             if finished or stopped or state.step % settings.save_every == 0:
-                checkpoint = save_checkpoint(run, state, output_dir)
+                checkpoint = save_checkpoint(run, state, log.output_dir)
     if finished:
         console.print(f"finished {state.step} steps; the student is in {checkpoint}")
     else:
-        console.print(f"stopped after step {state.step}; go on with: esr-distill train --resume {output_dir}")
+        console.print(f"stopped after step {state.step}; go on with: esr-distill train --resume {log.output_dir}")
     return TrainResult(finished, state.step, checkpoint)
 
 
-def record_accuracy(run: TrainingRun, state: TrainerState, metrics: MetricsFile, console: Console) -> None:
+def is_due(every: int | None, step: int) -> bool:
+    """Whether something that happens each `every` steps, or never, happens after this one."""
+    return every is not None and step % every == 0
+
+
+def watched_step(run: TrainingRun, step: int, horizon: int, log: RunLog, console: Console) -> dict:
+    """`train_step`, some of whose rollouts are shown and recorded where it is their turn. Returns its metrics."""
+    settings = run.config.monitoring
+    if not is_due(settings.samples_every, step + 1):
+        return train_step(run, step, horizon)
+    watch = SampleWatch(run.tokenizer, step + 1, settings.samples)
+    record = train_step(run, step, horizon, watch)
+    log.write_samples(watch.rows)
+    console.print(sample_table(watch.rows, settings.sample_width))
+    return record
+
+
+def record_accuracy(run: TrainingRun, state: TrainerState, log: RunLog, console: Console) -> None:
     """Evaluate the student as rollouts are drawn, where evaluation is configured. Its time is no training time."""
     if run.evaluation is None:
         return
     with run.autocast():
         result = run.evaluation.accuracy(run.student)
-    metrics.write({"kind": "evaluation", "step": state.step, "train_seconds": state.train_seconds, **vars(result)})
-    console.print(
-        f"step {state.step}: accuracy {100 * result.accuracy:.1f} +- {100 * result.standard_error:.1f} % "
-        f"(n {result.count}), mean length {result.mean_length:.1f}, finished {100 * result.finished:.0f} %"
-    )
+    log.write({"kind": "evaluation", "step": state.step, "train_seconds": state.train_seconds, **result.record()})
+    console.print(f"step {state.step}: {result}")
+
+
+def record_probe(
+    run: TrainingRun,
+    state: TrainerState,
+    log: RunLog,
+    console: Console,
+    probe: FullLengthProbe | None,
+    horizon: int,
+) -> None:
+    """Answer the probe's prompts at full length, where there is a probe. Its time is no training time."""
+    if probe is None:
+        return
+    record = probe.measure(run, min(horizon, run.config.trained_tokens))
+    log.write({"kind": "probe", "step": state.step, "train_seconds": state.train_seconds, **record})
+    console.print(describe_probe(record, state.step), highlight=False)

@@ -1,50 +1,54 @@
 """One step of on-policy distillation, read top to bottom: the walk of the data from prompts to updated weights."""
 
+from dataclasses import replace
+
 import torch
 
 from esr_distill.distill_loss import normalize_divergence
-from esr_distill.hidden_states import last_hidden_states, output_head
-from esr_distill.metrics import StageClock, check_finite, step_metrics
-from esr_distill.prefix_positions import gather_rows, select_prefix_positions
+from esr_distill.hidden_states import last_hidden_states
+from esr_distill.metrics import StageClock, StepWatch, check_finite, step_metrics
+from esr_distill.prefix_positions import select_prefix_positions
 from esr_distill.prompt_prefill import PromptPrefill
 from esr_distill.prompts import next_prompt_batch
+from esr_distill.score_positions import score_positions
+from esr_distill.teacher_prompts import teacher_hidden_states
+from esr_distill.token_selection import TokenSelection
 from esr_distill.training_run import TrainingRun
-from esr_kernels import linear_divergence
 
 
-def train_step(run: TrainingRun, step: int) -> dict:
-    """Update the student once; returns the step's metrics. The same (run, step) always draws the same rollouts."""
+def train_step(run: TrainingRun, step: int, horizon: int | None = None, watch: StepWatch | None = None) -> dict:
+    """Update the student once; returns the step's metrics. The same (run, step, horizon) always draws the same rollouts.
+
+    `horizon` is rollout.horizon where it is not given; `watch` is shown what was drawn and scored.
+    """
     config, clock = run.config, StageClock(run.device)
     samples = config.rollout.samples_per_prompt
+    horizon = horizon or config.rollout.horizon
     prompts = next_prompt_batch(run.prompts, config.rollout.batch_size, step, config.run.seed, samples)
 
     prefill = None
     with clock("rollout"):
         if config.rollout.overlap_teacher:
-            prefill = PromptPrefill.start(run.teacher, prompts, run.teacher_stream)
+            prefill = PromptPrefill.start(run.teacher, prompts.for_teacher, run.teacher_stream)
         with run.autocast():
-            rollouts = run.rollouts.generate(run.student, prompts, run.rollout_request)
+            rollouts = run.rollouts.generate(run.student, prompts, replace(run.rollout_request, horizon=horizon))
     with clock("student_forward"), run.autocast():
         student_hidden_B_T_D = last_hidden_states(run.student, rollouts)
     with clock("teacher_forward"), torch.no_grad():
-        teacher_hidden_B_T_E = last_hidden_states(run.teacher, rollouts, prefill)
+        teacher_hidden_B_T_E = teacher_hidden_states(run.teacher, rollouts, prompts, prefill)
 
-    positions = select_prefix_positions(rollouts, config.trained_tokens)
+    selection = TokenSelection.of(rollouts, config.selection, prompts.request_ids_B, config.run.seed)
+    positions = select_prefix_positions(rollouts, config.trained_tokens, selection.candidates_B_K)
     with clock("divergence"):
-        divergence = linear_divergence(
-            gather_rows(student_hidden_B_T_D, positions),
-            output_head(run.student),
-            gather_rows(teacher_hidden_B_T_E, positions),
-            output_head(run.teacher),
-            run.divergence,
-            loss_temperature=config.loss.loss_temperature,
-            token_ids_N=positions.token_ids_N,
-            stop_ids=run.stop.eos_ids if config.loss.merge_stop_ids else (),
-            vocab_size=config.loss.vocab_size,
-            impl=run.divergence_impl,
-        )
+        divergence = score_positions(run, student_hidden_B_T_D, teacher_hidden_B_T_E, positions)
+        weights_N = selection.weights_N(positions, divergence)
         loss = normalize_divergence(
-            divergence.divergence_N, positions.row_N, rollouts.batch_size, config.loss.normalizer
+            divergence.divergence_N,
+            weights_N,
+            positions.row_N,
+            rollouts.batch_size,
+            config.loss.normalizer,
+            config.loss.denominator,
         )
     with clock("backward"):
         loss.backward()
@@ -55,4 +59,6 @@ def train_step(run: TrainingRun, step: int) -> dict:
         run.optimizer.step()
         run.scheduler.step()
         run.optimizer.zero_grad(set_to_none=True)
-    return step_metrics(step, loss, grad_norm, learning_rate, divergence, positions, rollouts, clock)
+    return step_metrics(
+        step, loss, grad_norm, learning_rate, divergence, positions, weights_N, rollouts, horizon, clock, watch
+    )

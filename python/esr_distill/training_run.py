@@ -9,14 +9,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import OptimizerConfig, TrainConfig
+from esr_distill.discarded_mass import describe_discarded_mass
 from esr_distill.distill_loss import choose_impl, make_divergence
 from esr_distill.evaluate import Evaluation
-from esr_distill.hidden_states import check_output_head
 from esr_distill.learning_rate import learning_rate_factor
-from esr_distill.models import StopIds, choose_attention, choose_device, find_stop_ids, load_model, load_tokenizer
-from esr_distill.prompts import PromptSet, read_prompt_file, tokenize_prompts
+from esr_distill.model_pair import load_pair, student_autocast
+from esr_distill.models import StopIds, choose_device, find_stop_ids
+from esr_distill.prepare_prompts import prepare_prompts
+from esr_distill.prompt_encoder import PromptEncoder
+from esr_distill.prompt_sources import read_prompt_file, read_prompts
+from esr_distill.prompts import PromptSet, PromptStream
 from esr_distill.rollout import RolloutBackend, RolloutRequest
 from esr_distill.rollout.choose_backend import make_backend
+from esr_distill.teacher import Teacher
+from esr_distill.train_mode import seed_dropout
 from esr_kernels import Divergence, Impl
 
 
@@ -27,10 +33,10 @@ class TrainingRun:
     config: TrainConfig
     device: torch.device
     student: PreTrainedModel
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | Teacher
     tokenizer: PreTrainedTokenizerBase
     stop: StopIds
-    prompts: PromptSet
+    prompts: PromptSet | PromptStream
     divergence: Divergence
     divergence_impl: Impl
     rollouts: RolloutBackend
@@ -44,11 +50,6 @@ class TrainingRun:
         return student_autocast(self.config, self.device)
 
 
-def student_autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """Where the student runs: under bfloat16 autocast if `model.autocast` asks for it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast)
-
-
 def prepare_run(config: TrainConfig, console: Console, student_source: str | None = None) -> TrainingRun:
     """Load and check everything. `student_source` is a checkpoint to go on from instead of `model.student`.
 
@@ -56,46 +57,25 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
         InputError: anything that would go wrong later and can be seen now.
     """
     divergence = make_divergence(config.loss)
-    records = read_prompt_file(config.data.prompts, "data.prompts")
+    records = read_prompts(config.data)
     evaluation_records = None
     if config.evaluation.prompts is not None:
         evaluation_records = read_prompt_file(config.evaluation.prompts, "evaluation.prompts")
     device = choose_device(config.model.device)
-    tokenizer = load_tokenizer(config.model.student, "model.student")
-    preflight.check_tokenizer_pair(tokenizer, load_tokenizer(config.model.teacher, "model.teacher"))
-
-    attention = choose_attention(config.model.attn_implementation, device, is_in_16_bits=config.model.is_in_16_bits)
-    student = load_model(
-        student_source or config.model.student,
-        "model.student",
-        dtype=config.model.dtype,
-        attn_implementation=attention,
-        device=device,
-    )
-    teacher = load_model(
-        config.model.teacher,
-        "model.teacher",
-        dtype=config.model.teacher_dtype,
-        attn_implementation=attention,
-        device=device,
-    )
-    teacher.requires_grad_(False)
-    preflight.check_vocab_sizes(student, teacher, config)
-    preflight.check_token_ids(tokenizer, student, teacher, config)
-    with student_autocast(config, device):
-        check_output_head(student, "model.student")
-    check_output_head(teacher, "model.teacher")
+    preflight.check_options(config, device)
+    pair = load_pair(config, device, student_source)
+    student, teacher, tokenizer = pair.student, pair.teacher, pair.tokenizer
     stop = find_stop_ids(tokenizer, student, teacher, vocab_size=config.loss.vocab_size)
     # Tools that load a checkpoint must stop where the student has learnt to stop.
     student.generation_config.eos_token_id = list(stop.eos_ids)
 
-    prompts = tokenize_prompts(records, tokenizer, config.data, pad_id=stop.pad_id, device=device)
+    encoder = PromptEncoder(
+        tokenizer, config.data, pad_id=stop.pad_id, device=device, teacher_tokenizer=pair.teacher_tokenizer
+    )
     limit, source = preflight.prompt_limit(
         config.data.max_prompt_tokens, config.rollout.horizon, "rollout.horizon", student, teacher
     )
-    prompts, dropped = preflight.fit_prompts(
-        prompts, limit=limit, limit_source=source, long_prompts=config.data.long_prompts, option="data.prompts"
-    )
+    prompts, dropped = prepare_prompts(records, encoder, limit=limit, limit_source=source)
     if dropped:
         console.print(
             f"data.prompts: {dropped} of {len(records)} prompts dropped, longer than {limit} tokens ({source})"
@@ -113,11 +93,12 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
             rollouts=make_backend(config.rollout),
         )
     optimizer, scheduler = make_optimizer(student, config.optimizer, config.run.steps)
-    console.print(
-        f"student {config.model.student} ({_millions(student)} M parameters, {config.model.dtype}), "
-        f"teacher {config.model.teacher} ({_millions(teacher)} M, {config.model.teacher_dtype}), "
-        f"{device.type}, attention {attention}"
-    )
+    console.print(f"{pair.describe(config.model)}, {device.type}, attention {pair.attention}")
+    if config.loss.vocab_size is not None:
+        console.print(
+            describe_discarded_mass(student, teacher, prompts, config, student_autocast(config, device)),
+            highlight=False,
+        )
     impl = choose_impl(device)
     why = "Triton kernels" if impl is Impl.FUSED else "plain PyTorch: the kernels need a CUDA device"
     console.print(f"divergence: {impl.value} ({why})")
@@ -131,6 +112,9 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
         config.run.seed,
         config.loss.vocab_size,
     )
+    if config.model.trains_in_train_mode:
+        student.train()
+        seed_dropout(config.run.seed)
     return TrainingRun(
         config,
         device,
@@ -161,7 +145,3 @@ def make_optimizer(student: PreTrainedModel, config: OptimizerConfig, steps: int
         optimizer, lambda step: learning_rate_factor(step, steps, warmup_steps, config.schedule)
     )
     return optimizer, scheduler
-
-
-def _millions(model: PreTrainedModel) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}"

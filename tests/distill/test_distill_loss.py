@@ -24,19 +24,23 @@ ROWS = [0, 0, 0, 1, 2, 2]
 VALUES = [1.0, 2.0, 3.0, 10.0, 4.0, 8.0]
 
 # By hand: sum = 28 / 3; sequence_mean = (2 + 10 + 6) / 3; token_mean = 28 / 6.
-LOSSES = {"sum": 28 / 3, "sequence_mean": 6.0, "token_mean": 28 / 6}
+LOSSES = {"sum": 28 / 3, "sequence_mean": 6.0, "token_mean": 28 / 6, "fixed": 28 / 7}
 # Weight of each position in the loss.
 WEIGHTS = {
     "sum": [1 / 3] * 6,
     "sequence_mean": [1 / 9, 1 / 9, 1 / 9, 1 / 3, 1 / 6, 1 / 6],
     "token_mean": [1 / 6] * 6,
+    "fixed": [1 / 7] * 6,
 }
+DENOMINATOR = {"fixed": 7.0}
 
 
 @pytest.mark.parametrize("normalizer", LOSSES)
 def test_loss_and_weights_by_hand(normalizer):
     divergence_N = torch.tensor(VALUES, requires_grad=True)
-    loss = normalize_divergence(divergence_N, torch.tensor(ROWS), 3, normalizer)
+    loss = normalize_divergence(
+        divergence_N, torch.ones(6), torch.tensor(ROWS), 3, normalizer, DENOMINATOR.get(normalizer)
+    )
     loss.backward()
     assert loss.shape == ()
     assert loss.item() == pytest.approx(LOSSES[normalizer], rel=1e-6)
@@ -45,15 +49,53 @@ def test_loss_and_weights_by_hand(normalizer):
 
 def test_rollouts_of_one_length_have_one_loss_up_to_that_length():
     divergence_N, row_N = torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.tensor([0, 0, 1, 1])
-    losses = {name: normalize_divergence(divergence_N, row_N, 2, name).item() for name in LOSSES}
+    losses = {
+        name: normalize_divergence(divergence_N, torch.ones(4), row_N, 2, name).item()
+        for name in WEIGHTS
+        if name != "fixed"
+    }
     assert losses["sequence_mean"] == pytest.approx(2.75)
     assert losses["token_mean"] == pytest.approx(2.75)
     assert losses["sum"] == pytest.approx(5.5)
 
 
 def test_unknown_normalizer():
-    with pytest.raises(ValueError, match="normalizer must be sum, sequence_mean or token_mean, got 'mean'"):
-        normalize_divergence(torch.ones(1), torch.zeros(1, dtype=torch.long), 1, "mean")
+    with pytest.raises(ValueError, match="normalizer must be sum, sequence_mean, token_mean or fixed, got 'mean'"):
+        normalize_divergence(torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.long), 1, "mean")
+
+
+# Weights 2, 0, 1 | 0 | 0.5, 1: the second rollout trains nowhere; the divergences with weight 0 are never read.
+SOME_WEIGHTS = [2.0, 0.0, 1.0, 0.0, 0.5, 1.0]
+WEIGHTED_SUM = 2 * 1.0 + 3.0 + 0.5 * 4.0 + 8.0
+WEIGHTED_LOSSES = {
+    "sum": WEIGHTED_SUM / 3,
+    "sequence_mean": ((2 * 1.0 + 3.0) / 2 + 0 + (0.5 * 4.0 + 8.0) / 2) / 3,
+    "token_mean": WEIGHTED_SUM / 4,
+    "fixed": WEIGHTED_SUM / 7,
+}
+
+
+@pytest.mark.parametrize("normalizer", WEIGHTED_LOSSES)
+@pytest.mark.parametrize("unread", [0.0, float("inf"), float("nan")])
+def test_weights_and_positions_that_are_not_kept(normalizer, unread):
+    values = [unread if weight == 0 else value for value, weight in zip(VALUES, SOME_WEIGHTS, strict=True)]
+    divergence_N = torch.tensor(values, requires_grad=True)
+    arguments = torch.tensor(SOME_WEIGHTS), torch.tensor(ROWS), 3, normalizer, DENOMINATOR.get(normalizer)
+    loss = normalize_divergence(divergence_N, *arguments)
+    loss.backward()
+    assert loss.item() == pytest.approx(WEIGHTED_LOSSES[normalizer], rel=1e-6)
+    is_zero = [slope == 0 for slope in divergence_N.grad.tolist()]
+    assert is_zero == [weight == 0 for weight in SOME_WEIGHTS]
+
+
+@pytest.mark.parametrize("normalizer", WEIGHTED_LOSSES)
+@pytest.mark.parametrize("count", [0, 6])
+def test_no_position_at_all_is_a_loss_of_zero(normalizer, count):
+    divergence_N = torch.full((count,), float("nan"), requires_grad=True)
+    row_N = torch.tensor(ROWS[:count], dtype=torch.long)
+    loss = normalize_divergence(divergence_N, torch.zeros(count), row_N, 3, normalizer, DENOMINATOR.get(normalizer))
+    loss.backward()
+    assert loss.item() == 0 and divergence_N.grad.tolist() == [0.0] * count
 
 
 @pytest.mark.parametrize(

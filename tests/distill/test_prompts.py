@@ -9,6 +9,7 @@ import lzma
 
 import pytest
 import torch
+from chat_templates import TEMPLATE, encode
 from tiny_models import BOS, make_tokenizer, write_prompts
 
 from esr_distill.config import DataConfig
@@ -18,23 +19,14 @@ from esr_distill.prompts import (
     PromptSet,
     next_prompt_batch,
     pad_prompts,
+    rank_rows,
     read_prompt_file,
     tokenize_prompts,
 )
 
 CPU = torch.device("cpu")
 LINES = '{"prompt": "1+2=", "answer": 3}\n\n{"prompt": "4=", "answer": "4", "source": "by hand"}\n{"prompt": "5="}\n'
-RECORDS = [PromptRecord("1+2=", "3"), PromptRecord("4=", "4"), PromptRecord("5=", None)]
-# Shows every role, the order of messages and the generation prompt in ids that can be read: "#" starts a message.
-TEMPLATE = (
-    "{% for m in messages %}#{% if m.role == 'system' %}0{% elif m.role == 'user' %}1{% else %}2{% endif %};"
-    "{{ m.content }}{% endfor %}{% if add_generation_prompt %}#2;{% endif %}"
-)
-
-
-def encode(text: str) -> list[int]:
-    """The tokenizer's table, by hand: three special ids, then the characters in this order."""
-    return ["0123456789+-=;#.".index(character) + 3 for character in text]
+RECORDS = [PromptRecord("1+2=", "3"), PromptRecord("4=", "4", {"source": "by hand"}), PromptRecord("5=", None)]
 
 
 def tokenize(records, tokenizer=None, chat_template=False, **options) -> list[list[int]]:
@@ -81,14 +73,29 @@ def test_messages_and_characters_outside_ascii(tmp_path):
             '{"prompt": "1="}\n\n{"prompt": "2="\n',
             r"data\.prompts: .*, line 3 must be JSON, got '\{\"prompt\": \"2=\"'",
         ),
-        ('{"question": "1="}\n', r'data\.prompts: .*, line 1 must be an object with a non-empty "prompt".*question'),
-        ('{"prompt": ""}\n', r"data\.prompts: .*, line 1 must be an object with a non-empty"),
-        ('{"prompt": []}\n', r"data\.prompts: .*, line 1 must be an object with a non-empty"),
-        ('{"prompt": 7}\n', r"data\.prompts: .*, line 1 must be an object with a non-empty"),
-        ('{"prompt": ["1="]}\n', r"data\.prompts: .*, line 1 must be an object .*text or messages"),
-        ('{"prompt": [{"content": "1="}]}\n', r"data\.prompts: .*, line 1 must be an object .*text or messages"),
-        ('["1="]\n', r"data\.prompts: .*, line 1 must be an object with a non-empty"),
-        ('{"prompt": null}\n', r"data\.prompts: .*, line 1 must be an object with a non-empty"),
+        (
+            '{"question": "1=", "id": 4}\n',
+            r"data\.prompts: .*, line 1 must have a column 'prompt', got 'question', 'id'",
+        ),
+        ('{"prompt": ""}\n', r"line 1, 'prompt' must be a text or a list of chat messages and not empty, got ''"),
+        ('{"prompt": " \\n"}\n', r"line 1, 'prompt' must be a text that is not empty, got ' \\n'"),
+        ('{"prompt": []}\n', r"line 1, 'prompt' must be a text or a list of chat messages and not empty, got \[\]"),
+        ('\n{"prompt": 7}\n', r"line 2, 'prompt' must be a text or a list of chat messages and not empty, got 7"),
+        ('{"prompt": null}\n', r"line 1, 'prompt' must be a text or a list of chat messages and not empty, got None"),
+        ('{"prompt": ["1="]}\n', r"line 1, 'prompt', message 1 must have role and content, both text, got '1='"),
+        (
+            '{"prompt": [{"content": "1="}]}\n',
+            r"'prompt', message 1 must have role and content, both text, got \{'content",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "1="}, {"role": "user", "content": ["2="]}]}\n',
+            r"'prompt', message 2 must have role and content, both text, got \{'role': 'user', 'content': \['2='\]\}",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "1="}, {"role": "assistant", "content": "1"}]}\n',
+            r"line 1, 'prompt' must end before the assistant's turn, which the student writes, got an answer .* '1'",
+        ),
+        ('["1="]\n', r"data\.prompts: .*, line 1 must be an object with a column 'prompt', got \['1='\]"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
@@ -180,8 +187,8 @@ def test_a_template_that_refuses_the_messages():
 
 def test_a_prompt_without_tokens():
     tokenizer, data = make_tokenizer(), DataConfig("prompts.jsonl")
-    tokenizer.chat_template = "{% if messages[0].content != '4=' %}7{% endif %}"
-    records = [PromptRecord("1="), PromptRecord("4=")]
+    tokenizer.chat_template = "{% if add_generation_prompt and messages[0].content != '4=' %}7{% endif %}"
+    records = [PromptRecord("4="), PromptRecord("1=")]
     with pytest.raises(
         InputError, match=r"evaluation\.prompts: a prompt must give at least one token, got none for '4='"
     ):
@@ -263,3 +270,62 @@ def test_samples_of_a_prompt_stand_together_and_are_requests_of_their_own():
         assert batch.samples_per_prompt == 3 and plain.samples_per_prompt == 1
         assert torch.equal(batch.prompt_ids_B_P, plain.prompt_ids_B_P.repeat_interleave(3, dim=0))
     assert torch.cat([batch.request_ids_B for batch in shared]).tolist() == list(range(18))
+
+
+def test_pad_prompts_keeps_columns_and_samples():
+    columns = [{"id": 0}, {"id": 1}, {"id": 2}]
+    prompts = PromptSet([[5], [6, 7], [8]], [None] * 3, 0, CPU, columns=columns)
+    batch = pad_prompts(prompts, [2, 2, 0, 0], [4, 5, 6, 7], samples_per_prompt=2)
+    assert [row["id"] for row in batch.columns_B] == [2, 2, 0, 0]
+    assert batch.samples_per_prompt == 2 and batch.teacher_prompts is None and batch.for_teacher is batch
+    assert pad_prompts(make_set(3), [0, 1], [0, 1]).columns_B is None
+
+
+# Ranks
+
+
+@pytest.mark.parametrize(("batch_size", "samples"), [(12, 1), (24, 2)])
+def test_ranks_share_the_batch_of_one_rank(batch_size, samples):
+    """For every world size the ranks' rows, one rank after another, are the rows of one rank, with their request ids."""
+    prompts = make_set(7)
+    for step in range(5):
+        whole = next_prompt_batch(prompts, batch_size, step, 3, samples)
+        for world_size in (1, 2, 3, 4, 12):
+            parts = [
+                next_prompt_batch(prompts, batch_size, step, 3, samples, rank=rank, world_size=world_size)
+                for rank in range(world_size)
+            ]
+            assert all(part.samples_per_prompt == samples for part in parts)
+            assert all(len(part.request_ids_B) == batch_size // world_size for part in parts)
+            for name in ("prompt_ids_B_P", "request_ids_B"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_the_prompts_of_an_epoch_are_disjoint_over_ranks():
+    prompts, world_size = make_set(24), 3
+    seen = [[], [], []]
+    for step in range(4):
+        for rank in range(world_size):
+            batch = next_prompt_batch(prompts, 6, step, 1, rank=rank, world_size=world_size)
+            seen[rank] += (batch.prompt_ids_B_P[:, 0] - 100).tolist()
+    assert [len(set(rows)) for rows in seen] == [8, 8, 8]
+    assert sorted(sum(seen, [])) == list(range(24))
+
+
+def test_rows_of_a_rank():
+    assert [list(rank_rows(8, 2, rank, 2)) for rank in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    message = r"rollout\.batch_size must be a multiple of .*samples_per_prompt = 4 times .* processes = 3, got 16"
+    with pytest.raises(InputError, match=message):
+        rank_rows(16, 4, 0, 3)
+    with pytest.raises(InputError, match=r"rank must be in \[0, 2\), got 2"):
+        rank_rows(8, 1, 2, 2)
+
+
+def test_the_order_is_that_of_earlier_versions():
+    """A run that was begun with one version goes on with another: these orders are torch.randperm(6) of seeds 0, 1, 5000015."""
+    assert order(6, 6, 2, seed=0) == [permutation(0), permutation(1)]
+    assert order(6, 6, 1, seed=5) == [permutation(5_000_015)]
+
+
+def permutation(seed: int) -> list[int]:
+    return torch.randperm(6, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -67,10 +67,10 @@ def interrupt_after(step: int, monkeypatch) -> None:
     """Send this process SIGINT during step `step`, as Ctrl-C does."""
     original = train_module.train_step
 
-    def interrupted_step(run, index):
+    def interrupted_step(run, index, *rest):
         if index + 1 == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(run, index)
+        return original(run, index, *rest)
 
     monkeypatch.setattr(train_module, "train_step", interrupted_step)
 
@@ -133,10 +133,10 @@ def test_a_run_interrupted_and_resumed_has_the_same_losses_and_weights(tmp_path,
 def test_resuming_forgets_what_was_logged_after_the_checkpoint(tmp_path, console, monkeypatch):
     config = tiny_config(tmp_path, run=RunConfig(output_dir=str(tmp_path / "run"), steps=6, save_every=2))
 
-    def crash(run, step):
+    def crash(run, step, horizon):
         if step == 3:
             raise RuntimeError("power failure")
-        return original(run, step)
+        return original(run, step, horizon)
 
     original = train_module.train_step
     with monkeypatch.context() as patch:
@@ -287,11 +287,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, con
     config = tiny_config(tmp_path, steps=3, run=RunConfig(output_dir=str(tmp_path / "run"), steps=3, save_every=1))
     original = train_module.train_step
 
-    def poisoned(run, step):
+    def poisoned(run, step, horizon):
         if step == 1:
             with torch.no_grad():
                 run.teacher.get_output_embeddings().weight[0, 0] = torch.nan
-        return original(run, step)
+        return original(run, step, horizon)
 
     monkeypatch.setattr(train_module, "train_step", poisoned)
     with pytest.raises(FloatingPointError, match="step 2: loss nan .* must be finite"):

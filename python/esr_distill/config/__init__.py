@@ -6,11 +6,15 @@ over the whole vocabulary, averaged over the positions of a rollout and then ove
 
 from esr_distill.config.data import DataConfig
 from esr_distill.config.evaluation import EvalConfig, EvaluationConfig, ScorerName
+from esr_distill.config.horizon import HorizonScheduleConfig
+from esr_distill.config.lora import LoraSettings
 from esr_distill.config.loss import DivergenceName, LossConfig
 from esr_distill.config.model import ModelConfig
+from esr_distill.config.monitoring import MonitoringConfig, TrackerName
 from esr_distill.config.optimizer import OptimizerConfig
 from esr_distill.config.rollout import RolloutConfig
 from esr_distill.config.run import RunConfig
+from esr_distill.config.selection import ScoreName, SelectionConfig, SelectionRule, WeightRule
 from esr_distill.config.train import TrainConfig
 
 __all__ = [
@@ -18,11 +22,19 @@ __all__ = [
     "DivergenceName",
     "EvalConfig",
     "EvaluationConfig",
+    "HorizonScheduleConfig",
+    "LoraSettings",
     "LossConfig",
     "ModelConfig",
+    "MonitoringConfig",
     "OptimizerConfig",
     "RolloutConfig",
     "RunConfig",
+    "ScoreName",
     "ScorerName",
+    "SelectionConfig",
+    "SelectionRule",
+    "TrackerName",
     "TrainConfig",
+    "WeightRule",
 ]

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
+from esr_distill.accuracy import percent
 from esr_distill.complete_files import complete_file, write_text
 
 # The loss-masked arm is dashed and drawn last: its line lies on that of ESR, which trains on the same tokens.
@@ -56,7 +57,7 @@ def table_rows(results: dict) -> list[tuple[str, ...]]:
 
 
 def _accuracy(model: dict) -> str:
-    return f"{100 * model['accuracy']:.1f} ± {100 * model['standard_error']:.1f}"
+    return percent(model["accuracy"], model["standard_error"]).replace("+-", "±")
 
 
 def print_table(results: dict, console: Console) -> None:
@@ -98,7 +99,7 @@ def draw_accuracy(axes: Axes, results: dict) -> None:
         axes.errorbar(
             [point["train_seconds"] for point in curve],
             [100 * point["accuracy"] for point in curve],
-            yerr=[100 * point["standard_error"] for point in curve],
+            yerr=[100 * (point["standard_error"] or 0.0) for point in curve],
             label=arm["title"],
             marker="o",
             markersize=4,

@@ -1,0 +1,69 @@
+"""The rules of a selection on one batch of rollouts: before the models score it, and after."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esr_distill.config import SelectionConfig
+from esr_distill.prefix_positions import PrefixPositions
+from esr_distill.rollout.rollout_batch import RolloutBatch, response_mask
+from esr_distill.token_selection.position_rules import mask_of_rule
+from esr_distill.token_selection.score_rules import mask_of_scored_rule
+from esr_distill.token_selection.weights import factor_of
+from esr_kernels import DivergenceOutput
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """Two calls around the scoring of a batch:
+
+        selection = TokenSelection.of(rollouts, config.selection, request_ids_B, seed)
+        positions = select_prefix_positions(rollouts, prefix_tokens, selection.candidates_B_K)
+        weights_N = selection.weights_N(positions, divergence)
+
+    Attributes:
+        masks: what each rule keeps, (B, K); None for the rules that need scores.
+        candidates_B_K: the tokens that must be scored: no other can be kept.
+    """
+
+    config: SelectionConfig
+    masks: list[Tensor | None]
+    candidates_B_K: Tensor
+
+    @classmethod
+    def of(cls, rollouts: RolloutBatch, config: SelectionConfig, request_ids_B: Tensor, seed: int) -> "TokenSelection":
+        lengths_B = rollouts.response_lengths_B
+        candidates_B_K = response_mask(lengths_B, rollouts.response_ids_B_K.shape[1])
+        if not config.keep_eos:
+            candidates_B_K = candidates_B_K & response_mask(
+                lengths_B - rollouts.stopped_by_eos_B.long(), candidates_B_K.shape[1]
+            )
+        rules = config.rules
+        masks = [None if rule.needs_scores else mask_of_rule(rule, rollouts, request_ids_B, seed) for rule in rules]
+        known = [mask for mask in masks if mask is not None]
+        if config.combine == "all":
+            for mask in known:
+                candidates_B_K = candidates_B_K & mask
+        elif rules and len(known) == len(rules):
+            candidates_B_K = candidates_B_K & torch.stack(known).any(0)
+        return cls(config, masks, candidates_B_K)
+
+    def weights_N(self, positions: PrefixPositions, divergence: DivergenceOutput) -> Tensor:
+        """Weight of each candidate, float32 and detached; 0 where it is not kept."""
+        rules = self.config.rules
+        kept_N = torch.ones_like(positions.row_N, dtype=torch.bool)
+        if any(rule.needs_scores for rule in rules):
+            kept = [
+                mask_of_scored_rule(rule, positions, divergence)
+                if mask is None
+                else mask[positions.row_N, positions.slot_N]
+                for rule, mask in zip(rules, self.masks, strict=True)
+            ]
+            kept_N = torch.stack(kept).all(0) if self.config.combine == "all" else torch.stack(kept).any(0)
+        weights_N = kept_N.float()
+        for rule in self.config.weights:
+            weights_N = weights_N * factor_of(rule, positions, divergence)
+        if self.config.rescale_weights:
+            weights_N = weights_N * (kept_N.sum() / weights_N.sum().clamp_min(torch.finfo(torch.float32).tiny))
+        return weights_N
