@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from esr_distill.adapters import has_adapter, save_adapter
 from esr_distill.complete_files import complete_folder, read_json, write_json, write_text
 from esr_distill.input_error import InputError
 from esr_distill.kept_checkpoints import evaluation_at, find_checkpoints, latest_checkpoint, remove_checkpoints
 from esr_distill.model_card import model_card
+from esr_distill.models.adapters import has_adapter, save_adapter
 from esr_distill.training_run import TrainingRun
 
 STATE_FILE, OPTIMIZER_FILE, CARD_FILE = "trainer_state.json", "optimizer.pt", "README.md"

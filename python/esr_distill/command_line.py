@@ -2,11 +2,13 @@
 
 esr-distill train --config run.yaml [--rollout.horizon 100 ...]
 esr-distill train --resume runs/esr
+esr-distill check --config run.yaml [--output check.json]
 esr-distill eval --model runs/esr/checkpoint-000200 --prompts problems.jsonl
 esr-distill demo [--task pointer]
 esr-distill demo-real
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -30,7 +32,9 @@ def settings_parser(settings: type, description: str) -> ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status is 0 or one of `exit_status.py`."""
     argv = sys.argv[1:] if argv is None else argv
-    trainer = train_parser()
+    trainer, checker = train_parser(), train_parser()
+    checker.description = "Ask before a run whether its config would train, and train what is meant."
+    checker.add_argument("--output", type=str, default=None, help="JSON file for the findings.")
     commands = {
         "eval": settings_parser(EvalConfig, "Accuracy of a model on problems with answers, greedy or over samples."),
         "demo": settings_parser(DemoConfig, "Distil a tiny student by ESR and by full rollouts, with a report."),
@@ -39,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="esr-distill", description="On-policy distillation with Early Stopping Rollout.")
     subcommands = parser.add_subcommands()
     subcommands.add_subcommand("train", trainer)
+    subcommands.add_subcommand("check", checker)
     for name, subparser in commands.items():
         subcommands.add_subcommand(name, subparser)
     options = parser.parse_args(argv)
@@ -46,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command == "train":
             return run_train(settings, argv)
+        if command == "check":
+            return run_check(settings, argv)
         return run_command(command, commands[command].instantiate(settings).as_dict())
     except InputError as error:
         print(f"esr-distill {command}: {error}", file=sys.stderr)
@@ -74,10 +81,25 @@ def run_train(options: Namespace, argv: list[str]) -> int:
     return 0 if result.finished else INTERRUPTED
 
 
+def run_check(options: Namespace, argv: list[str]) -> int:
+    if options.resume is not None:
+        raise InputError(
+            f"--resume must be left out, since a run that began was checked by itself, got {options.resume!r}"
+        )
+    # The options of training are read as `train` reads them, a preset included.
+    output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    output.add_argument("--output")
+    config = parse_train_options(output.parse_known_args(argv[1:])[1])
+    from esr_distill.check_command import check_config
+    from esr_distill.progress import make_console
+
+    return check_config(config, make_console(), options.output)
+
+
 def run_command(command: str, fields: dict) -> int:
     # Imported here, so that `esr-distill --help` and a mistyped option do not wait for torch and transformers.
     if command == "eval":
-        from esr_distill.evaluate_command import evaluate_model
+        from esr_distill.evaluation.evaluate_command import evaluate_model
 
         return evaluate_model(EvalConfig(**fields))
     if command == "demo":

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 from esr_distill import preflight
-from esr_distill.accuracy import estimate_mean
 from esr_distill.config import MonitoringConfig
-from esr_distill.evaluate import decode_replies
-from esr_distill.grades import Reply, grade_replies
+from esr_distill.evaluation.accuracy import estimate_mean
+from esr_distill.evaluation.evaluate import decode_replies
+from esr_distill.evaluation.grades import Reply, grade_replies
+from esr_distill.evaluation.repetition import is_repetitive
+from esr_distill.evaluation.scorers import SCORERS, expected_answer
 from esr_distill.hidden_states import last_hidden_states
 from esr_distill.input_error import InputError
 from esr_distill.metrics import by_position, mean_or_none
 from esr_distill.position_bins import count_by_position
 from esr_distill.prefix_positions import select_prefix_positions
 from esr_distill.prompts import PromptBatch, PromptSet, PromptStream, pad_prompts
-from esr_distill.repetition import is_repetitive
+from esr_distill.teacher_prompts import teacher_hidden_states
 from esr_distill.rollout import RolloutBackend, RolloutBatch, RolloutRequest
 from esr_distill.rollout.choose_backend import make_backend
 from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.score_positions import score_positions
-from esr_distill.scorers import SCORERS, expected_answer
-from esr_distill.teacher_prompts import teacher_hidden_states
 from esr_distill.training_run import TrainingRun
 from esr_kernels import DivergenceOutput
 

@@ -14,9 +14,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from esr_distill.input_error import InputError
+from esr_distill.models.teacher import Teacher
 from esr_distill.packed_rows import PackedRows
 from esr_distill.rollout.decode_attention import decode_sdpa
-from esr_distill.teacher import Teacher
 
 NAME = "esr_packed_sdpa"
 ATTRIBUTE = "esr_packing"

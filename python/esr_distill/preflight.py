@@ -5,7 +5,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill.config import TrainConfig
 from esr_distill.input_error import InputError
-from esr_distill.prepare_prompts import fit_prompts as fit_prompts
+from esr_distill.prompts.prepare_prompts import fit_prompts as fit_prompts
 
 
 def check_tokenizer_pair(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

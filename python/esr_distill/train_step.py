@@ -10,8 +10,8 @@ from esr_distill.metrics import StageClock, StepWatch, check_finite, step_metric
 from esr_distill.prefix_positions import select_prefix_positions
 from esr_distill.prompt_prefill import PromptPrefill
 from esr_distill.prompts import next_prompt_batch
-from esr_distill.score_positions import score_positions
 from esr_distill.teacher_prompts import teacher_hidden_states
+from esr_distill.score_positions import score_positions
 from esr_distill.token_selection import TokenSelection
 from esr_distill.training_run import TrainingRun
 

@@ -9,20 +9,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import OptimizerConfig, TrainConfig
-from esr_distill.discarded_mass import describe_discarded_mass
 from esr_distill.distill_loss import choose_impl, make_divergence
-from esr_distill.evaluate import Evaluation
+from esr_distill.evaluation.evaluate import Evaluation
 from esr_distill.learning_rate import learning_rate_factor
-from esr_distill.model_pair import load_pair, student_autocast
 from esr_distill.models import StopIds, choose_device, find_stop_ids
-from esr_distill.prepare_prompts import prepare_prompts
-from esr_distill.prompt_encoder import PromptEncoder
-from esr_distill.prompt_sources import read_prompt_file, read_prompts
+from esr_distill.models.discarded_mass import describe_discarded_mass
+from esr_distill.models.model_pair import load_pair, student_autocast
+from esr_distill.models.teacher import Teacher
+from esr_distill.models.train_mode import seed_dropout
 from esr_distill.prompts import PromptSet, PromptStream
+from esr_distill.prompts.prepare_prompts import prepare_prompts
+from esr_distill.prompts.prompt_encoder import PromptEncoder
+from esr_distill.prompts.prompt_sources import read_prompt_file, read_prompts
 from esr_distill.rollout import RolloutBackend, RolloutRequest
 from esr_distill.rollout.choose_backend import make_backend
-from esr_distill.teacher import Teacher
-from esr_distill.train_mode import seed_dropout
 from esr_kernels import Divergence, Impl
 
 

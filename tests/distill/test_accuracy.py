@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from esr_distill.accuracy import (
+from esr_distill.evaluation.accuracy import (
     Accuracy,
     PairedDifference,
     estimate_mean,
@@ -20,7 +20,7 @@ from esr_distill.accuracy import (
     ratio_by_question,
     values_by_question,
 )
-from esr_distill.grades import Grades
+from esr_distill.evaluation.grades import Grades
 
 
 def make_grades(correct, *, first_box=None, majority=None, finished=None, repetitive=None, length=None) -> Grades:

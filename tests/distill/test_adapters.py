@@ -11,7 +11,10 @@ from tiny_models import EOS, make_model, make_tokenizer
 from torch import nn
 from transformers import Gemma2Config, GPT2Config, Phi3Config
 
-from esr_distill.adapters import (
+from esr_distill.config.lora import LoraSettings
+from esr_distill.input_error import InputError
+from esr_distill.models import load_model
+from esr_distill.models.adapters import (
     adapter_off,
     adapter_weights,
     add_adapter,
@@ -20,9 +23,6 @@ from esr_distill.adapters import (
     load_trained_adapter,
     save_adapter,
 )
-from esr_distill.config.lora import LoraSettings
-from esr_distill.input_error import InputError
-from esr_distill.models import load_model
 
 pytest.importorskip("peft", reason="peft is optional")
 
@@ -153,7 +153,7 @@ def test_names_that_are_no_inner_linear_layers(name):
 
 
 def test_without_peft(monkeypatch, saved):
-    monkeypatch.setattr("esr_distill.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("esr_distill.models.adapters.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"model\.lora\.use_peft must be left out where .*\(pip install peft\)"):
         add_adapter(make_model(0), SETTINGS, 0)
     with pytest.raises(InputError, match=r"model\.teacher must be left out where .*\(pip install peft\)"):

@@ -9,10 +9,10 @@ from tiny_models import BOS, make_tokenizer
 
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
-from esr_distill.prompt_encoder import teacher_prompt, tokenize_prompts
-from esr_distill.prompt_set import PromptSet
-from esr_distill.prompt_sources import PromptRecord
-from esr_distill.template_differences import template_differences
+from esr_distill.prompts.prompt_encoder import teacher_prompt, tokenize_prompts
+from esr_distill.prompts.prompt_set import PromptSet
+from esr_distill.prompts.prompt_sources import PromptRecord
+from esr_distill.prompts.template_differences import template_differences
 
 CPU = torch.device("cpu")
 USER = [{"role": "user", "content": "4="}]

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import make_model, make_tokenizer
 
 from esr_distill.command_line import main
-from esr_distill.comparison import problems_digest
+from esr_distill.evaluation.comparison import problems_digest
 from esr_distill.prompts import PromptRecord
 
 SAMPLING = {"samples_per_problem": 3, "sampling_temperature": 1.0}

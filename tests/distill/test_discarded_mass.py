@@ -3,19 +3,16 @@
 import math
 from dataclasses import replace
 from io import StringIO
-from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from test_train import tiny_config
-from tiny_models import VOCAB_SIZE, make_model, make_rollouts
+from tiny_models import VOCAB_SIZE, make_model
 
-import esr_distill.discarded_mass as discarded_mass_module
+import esr_distill.models.discarded_mass as discarded_mass_module
 from esr_distill.config import LossConfig
-from esr_distill.discarded_mass import batch_discarded_mass, discarded_mass
-from esr_distill.hidden_states import last_hidden_states
-from esr_distill.prefix_positions import select_prefix_positions
+from esr_distill.models.discarded_mass import discarded_mass
 from esr_distill.training_run import prepare_run
 from esr_kernels import OutputHead
 
@@ -105,23 +102,3 @@ def test_a_run_with_the_whole_vocabulary_tells_nothing(tmp_path):
     text = StringIO()
     prepare_run(tiny_config(tmp_path), Console(file=text, width=300))
     assert "ids that are cut" not in text.getvalue()
-
-
-def test_the_mass_at_the_positions_of_a_step():
-    """Rows by hand: the two tokens of the first rollout and the first of the second, at the columns before them."""
-    student, teacher = make_model(3, vocab_size=22), make_model(4, vocab_size=24)
-    rollouts = make_rollouts([[1, 5, 13], [1, 8, 9]], [[4, 6], [7]])
-    config = SimpleNamespace(loss=LossConfig(vocab_size=VOCAB_SIZE, loss_temperature=2.0))
-    run = SimpleNamespace(config=config, student=student, teacher=teacher)
-    hidden = [last_hidden_states(model, rollouts) for model in (student, teacher)]
-    positions = select_prefix_positions(rollouts, 5)
-    found = batch_discarded_mass(run, *hidden, positions)
-    assert len(found) == 4
-    for name, model in (("student", student), ("teacher", teacher)):
-        with torch.no_grad():
-            logits = model(torch.tensor([[1, 5, 13, 4], [1, 8, 9, 7]])).logits
-        mass_3 = (torch.stack([logits[0, 2], logits[0, 3], logits[1, 2]]) / 2.0).softmax(-1)[:, VOCAB_SIZE:].sum(-1)
-        assert found[f"{name}_discarded_mass"] == pytest.approx(mass_3.mean().item(), rel=1e-4)
-        assert found[f"{name}_discarded_mass_largest"] == pytest.approx(mass_3.max().item(), rel=1e-4)
-    run.config = SimpleNamespace(loss=LossConfig())
-    assert batch_discarded_mass(run, *hidden, positions) == {}

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from tiny_models import BOS, EOS, PAD, make_model, make_rollouts, make_tokenizer
 
-import esr_distill.evaluate as evaluate_module
+import esr_distill.evaluation.evaluate as evaluate_module
 from esr_distill.config import DataConfig, EvalConfig, EvaluationConfig
-from esr_distill.evaluate import Evaluation, decode_replies, divergence_by_position, split_replies
-from esr_distill.grades import Reply
+from esr_distill.evaluation.evaluate import Evaluation, decode_replies, divergence_by_position, split_replies
+from esr_distill.evaluation.grades import Reply
 from esr_distill.input_error import InputError
 from esr_distill.models import StopIds
 from esr_distill.prompts import PromptRecord

@@ -5,8 +5,8 @@ import operator
 import numpy as np
 import pytest
 
-from esr_distill.grades import Grades, Reply, grade_replies, majority
-from esr_distill.repetition import end_repeats, is_repetitive
+from esr_distill.evaluation.grades import Grades, Reply, grade_replies, majority
+from esr_distill.evaluation.repetition import end_repeats, is_repetitive
 
 
 @pytest.mark.parametrize(

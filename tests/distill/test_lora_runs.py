@@ -14,7 +14,6 @@ from test_train import interrupt_after, losses, record_rollouts, tiny_config
 from tiny_models import make_model, make_tokenizer
 from whole_logits import reverse_kl_of_rollouts
 
-from esr_distill.adapters import adapter_weights, add_adapter, save_adapter
 from esr_distill.checkpoint import find_checkpoints
 from esr_distill.command_line import main
 from esr_distill.config import EvaluationConfig, ModelConfig, TrainConfig
@@ -23,6 +22,7 @@ from esr_distill.config_file import load_saved_config, save_config
 from esr_distill.input_error import InputError
 from esr_distill.metrics import read_metrics
 from esr_distill.models import load_model
+from esr_distill.models.adapters import adapter_weights, add_adapter, save_adapter
 from esr_distill.train import train
 from esr_distill.training_run import prepare_run
 

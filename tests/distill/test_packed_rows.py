@@ -28,14 +28,14 @@ from varlen_double import FlashDouble, VarlenDouble
 from esr_distill.config import OptimizerConfig
 from esr_distill.config.lora import LoraSettings
 from esr_distill.hidden_states import last_hidden_states, pack_rows
+from esr_distill.models.teacher import AdapterFreeTeacher
+from esr_distill.models.train_mode import enable_gradient_checkpointing, switch_off_dropout
 from esr_distill.packed_attention import Packing, packing_of
 from esr_distill.packed_rows import HiddenRows, PackedRows
 from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.prompt_prefill import PromptPrefill
 from esr_distill.rollout import InProcessBackend, RolloutRequest
 from esr_distill.sampler_settings import SamplerSettings
-from esr_distill.teacher import AdapterFreeTeacher
-from esr_distill.train_mode import enable_gradient_checkpointing, switch_off_dropout
 from esr_distill.train_step import train_step
 from esr_distill.training_run import prepare_run
 
@@ -307,7 +307,7 @@ def test_a_prefill_of_prompts_is_read_as_before(varlen):
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="peft is optional")
 def test_a_teacher_without_a_model_of_its_own_is_packed_as_the_student_is(varlen):
-    from esr_distill.adapters import add_adapter
+    from esr_distill.models.adapters import add_adapter
 
     model = make_family("llama")
     expected = last_hidden_states(model, ROLLOUTS)[0, 4:].detach()

@@ -18,11 +18,11 @@ from esr_distill import packed_attention
 from esr_distill.config import OptimizerConfig
 from esr_distill.hidden_states import last_hidden_states, pack_rows
 from esr_distill.input_error import InputError
+from esr_distill.models.train_mode import enable_gradient_checkpointing
 from esr_distill.packed_attention import Packing, choose_packing
 from esr_distill.packed_rows import HiddenRows
 from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.rollout.rollout_batch import RolloutBatch
-from esr_distill.train_mode import enable_gradient_checkpointing
 from esr_distill.train_step import train_step
 from esr_distill.training_run import prepare_run
 
@@ -108,7 +108,8 @@ def test_the_kernel_means_what_its_double_says(left, heads, key_heads, size, dty
     expected = attend_in_rows(*exact, starts, scale=options["scale"], left=left)
     expected_gradients = torch.autograd.grad(expected, exact, upstream.double())
     for ours, theirs in zip((found, *found_gradients), (expected, *expected_gradients), strict=True):
-        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        # A window of the token alone has gradients of 0 for queries and keys, of which rounding is left.
+        assert (ours - theirs).norm() < 0.02 * theirs.norm() + 0.003 * upstream.double().norm()
 
 
 @pytest.mark.parametrize("packing", KERNELS)
@@ -154,7 +155,7 @@ def test_what_auto_chooses_here():
 
 
 def test_float32_is_refused_by_name():
-    with pytest.raises(InputError, match="model.packing must be none for model.student .*fp16 and bf16"):
+    with pytest.raises(InputError, match=r"model.packing must be none for model.student \(.*got LlamaForCausalLM"):
         pack_rows(make_family("llama"), Packing.VARLEN, "model.student")
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
-from esr_distill.prompt_sources import PromptRecord, read_prompts
+from esr_distill.prompts.prompt_sources import PromptRecord, read_prompts
 
 MESSAGES = [{"role": "system", "content": "7"}, {"role": "user", "content": "8="}]
 ROWS = [

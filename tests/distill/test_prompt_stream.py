@@ -12,11 +12,11 @@ from tiny_models import BOS, make_tokenizer
 
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
-from esr_distill.prepare_prompts import fit_prompts, prepare_prompts
-from esr_distill.prompt_encoder import PromptEncoder
-from esr_distill.prompt_set import PromptSet
-from esr_distill.prompt_sources import PromptRecord, read_prompts
 from esr_distill.prompts import next_prompt_batch
+from esr_distill.prompts.prepare_prompts import fit_prompts, prepare_prompts
+from esr_distill.prompts.prompt_encoder import PromptEncoder
+from esr_distill.prompts.prompt_set import PromptSet
+from esr_distill.prompts.prompt_sources import PromptRecord, read_prompts
 
 CPU = torch.device("cpu")
 

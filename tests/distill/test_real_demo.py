@@ -218,11 +218,11 @@ def test_stopped_demo_goes_on_and_a_finished_one_repeats_nothing(tiny_demo, monk
     real_step = training.train_step
     steps, threads = [], torch.get_num_threads()
 
-    def step_with_ctrl_c(run, step):
+    def step_with_ctrl_c(run, step, *more):
         steps.append(step)
         if len(steps) == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return real_step(run, step)
+        return real_step(run, step, *more)
 
     monkeypatch.setattr(training, "train_step", step_with_ctrl_c)
     assert tiny_demo() == 130

@@ -6,10 +6,17 @@ from typing import get_args
 
 import pytest
 
-from esr_distill.boxed_answers import boxes, first_box, last_box, without_spacing
 from esr_distill.config import ScorerName
+from esr_distill.evaluation.boxed_answers import boxes, first_box, last_box, without_spacing
+from esr_distill.evaluation.scorers import (
+    SCORERS,
+    expected_answer,
+    is_correct,
+    last_number,
+    normalize_number,
+    number_after_hash,
+)
 from esr_distill.input_error import InputError
-from esr_distill.scorers import SCORERS, expected_answer, is_correct, last_number, normalize_number, number_after_hash
 
 
 def test_every_scorer_has_a_name_in_the_config():

@@ -8,12 +8,12 @@ import torch
 from tiny_models import BOS, make_model, make_prompt_batch, make_rollouts
 from transformers import Gemma2Config
 
-from esr_distill.adapters import adapter_weights, add_adapter
 from esr_distill.config.lora import LoraSettings
 from esr_distill.hidden_states import last_hidden_states, output_head
+from esr_distill.models.adapters import adapter_weights, add_adapter
+from esr_distill.models.teacher import AdapterFreeTeacher, OffloadedTeacher, on_device
+from esr_distill.models.train_mode import enable_gradient_checkpointing
 from esr_distill.prompt_prefill import PromptPrefill
-from esr_distill.teacher import AdapterFreeTeacher, OffloadedTeacher, on_device
-from esr_distill.train_mode import enable_gradient_checkpointing
 from esr_kernels import Impl, linear_divergence
 
 PROMPTS = [[BOS, 5, 13, 7, 15], [BOS], [BOS, 8, 9]]

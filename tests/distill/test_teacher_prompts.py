@@ -11,8 +11,8 @@ from transformers import LlamaConfig, Qwen3Config
 from esr_distill.hidden_states import last_hidden_states
 from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.prompt_prefill import PromptPrefill
-from esr_distill.prompt_set import PromptSet
 from esr_distill.prompts import PromptBatch, pad_prompts
+from esr_distill.prompts.prompt_set import PromptSet
 from esr_distill.teacher_prompts import in_student_columns, teacher_hidden_states, teacher_rollouts
 
 CPU = torch.device("cpu")

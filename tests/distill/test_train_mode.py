@@ -9,14 +9,14 @@ from tiny_models import BOS, EOS, make_model, make_prompt_batch, make_rollouts
 from transformers import GPT2Config, LlamaConfig, PhiConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from esr_distill.adapters import adapter_weights, add_adapter
 from esr_distill.config.lora import LoraSettings
 from esr_distill.hidden_states import last_hidden_states, output_head
 from esr_distill.input_error import InputError
+from esr_distill.models.adapters import adapter_weights, add_adapter
+from esr_distill.models.train_mode import enable_gradient_checkpointing, seed_dropout, switch_off_dropout
 from esr_distill.rollout import InProcessBackend, RolloutRequest
 from esr_distill.rollout.hf_generate import HFGenerateBackend
 from esr_distill.sampler_settings import SamplerSettings
-from esr_distill.train_mode import enable_gradient_checkpointing, seed_dropout, switch_off_dropout
 from esr_kernels import Impl, linear_divergence
 
 ROLLOUTS = make_rollouts([[BOS, 5, 13, 7, 15], [BOS], [BOS, 8, 9]], [[4, 6], [10, 11, 12, 2], [3]])

@@ -14,11 +14,11 @@ from tiny_gguf import gguf_tokens, save_gguf
 from tiny_models import make_model, make_tokenizer, save_pair
 
 import esr_distill.models as models_module
-import esr_distill.weight_formats as weight_formats_module
+import esr_distill.models.weight_formats as weight_formats_module
 from esr_distill.input_error import InputError
 from esr_distill.models import load_model, load_tokenizer
+from esr_distill.models.weight_formats import check_safetensors, four_bit_arguments, gguf_arguments
 from esr_distill.train import train
-from esr_distill.weight_formats import check_safetensors, four_bit_arguments, gguf_arguments
 
 CPU = torch.device("cpu")
 

@@ -92,7 +92,6 @@ class FlashDouble:
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        dropout_p=0.0,
         softmax_scale=None,
         causal=False,
         window_size=(-1, -1),
@@ -100,7 +99,7 @@ class FlashDouble:
         deterministic=False,
     ):
         check_rows(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        assert causal and dropout_p == 0.0
+        assert causal
         self.calls.append({"tokens": q.shape[0], "window": window_size, "softcap": softcap})
         return attend_in_rows(q, k, v, cu_seqlens_q, scale=softmax_scale, left=window_size[0], softcap=softcap)
 

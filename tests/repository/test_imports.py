@@ -153,7 +153,7 @@ def test_heavy_import_is_found(tmp_path):
         ("python/esr_distill/a.py", "import esr_kernels.impl", "public names only"),
         ("python/esr_distill/a.py", "from esr_kernels import checks", "public names only"),
         ("python/esr_distill/a.py", "import triton", "the loop has no kernels"),
-        ("python/esr_distill/prompts.py", "from esr_distill.rollout.generate import f", "share types, not functions"),
+        ("python/esr_distill/prompts/__init__.py", "from esr_distill.rollout.generate import f", "share types, not functions"),
         ("python/esr_distill/rollout/a.py", "from ..hidden_states import f", "share types, not functions"),
     ],
 )
@@ -171,7 +171,7 @@ def test_allowed_imports_pass(tmp_path):
         "esr_kernels/op/reference.py": "import torch\nfrom ..checks import f",
         "esr_kernels/testing/inputs.py": "from esr_kernels.testing.cases import f",
         "python/esr_distill/a.py": "import torch, transformers\nfrom esr_kernels import Impl",
-        "python/esr_distill/prompts.py": "from esr_distill.rollout.rollout_batch import RolloutBatch",
+        "python/esr_distill/prompts/__init__.py": "from esr_distill.rollout.rollout_batch import RolloutBatch",
         "python/esr_distill/prefix_positions.py": "from esr_distill.rollout.rollout_batch import response_mask",
         "python/esr_distill/rollout/a.py": "from esr_distill.rollout.b import f",
         "python/esr_distill/train_step.py": "from esr_distill.prompts import f",

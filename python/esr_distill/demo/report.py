@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
-from esr_distill.accuracy import percent
 from esr_distill.complete_files import complete_file, write_text
+from esr_distill.evaluation.accuracy import percent
 
 # The loss-masked arm is dashed and drawn last: its line lies on that of ESR, which trains on the same tokens.
 STYLES = {

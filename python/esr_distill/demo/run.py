@@ -29,7 +29,7 @@ from esr_distill.demo.arms import (
 from esr_distill.demo.chain_sum import ChainSumProblem, check_no_shared_prompt, correct_steps, make_problems
 from esr_distill.demo.report import print_table, write_picture, write_report
 from esr_distill.demo.settings import DemoConfig
-from esr_distill.evaluate import Evaluation
+from esr_distill.evaluation.evaluate import Evaluation
 from esr_distill.exit_status import INTERRUPTED
 from esr_distill.input_error import InputError
 from esr_distill.machine import machine_record

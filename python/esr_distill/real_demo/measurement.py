@@ -10,11 +10,11 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from esr_distill.config import DataConfig, EvaluationConfig
-from esr_distill.evaluate import Evaluation
+from esr_distill.evaluation.evaluate import Evaluation
+from esr_distill.evaluation.scorers import last_number, normalize_number, number_after_hash
 from esr_distill.models import find_stop_ids, load_model, load_tokenizer
 from esr_distill.prompts import PromptRecord
 from esr_distill.real_demo.gsm8k import Problem
-from esr_distill.scorers import last_number, normalize_number, number_after_hash
 
 MAX_REPLY_TOKENS = 160
 REPLY_BATCH_SIZE, DIVERGENCE_BATCH_SIZE = 24, 16

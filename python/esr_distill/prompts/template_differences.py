@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from esr_distill.chat_prompts import PromptWriter
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
+from esr_distill.prompts.chat_prompts import PromptWriter
 
 
 @dataclass(frozen=True)

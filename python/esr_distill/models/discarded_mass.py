@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,15 +9,11 @@ from transformers import PreTrainedModel
 
 from esr_distill.config import TrainConfig
 from esr_distill.hidden_states import output_head
-from esr_distill.prefix_positions import PrefixPositions, gather_rows
+from esr_distill.models.teacher import Teacher
 from esr_distill.prompts import PromptSet, PromptStream, pad_prompts
 from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.rollout.rollout_batch import prompt_inputs
-from esr_distill.teacher import Teacher
 from esr_kernels import OutputHead
-
-if TYPE_CHECKING:  # a run is prepared with this file
-    from esr_distill.training_run import TrainingRun
 
 LOGITS_AT_A_TIME = 2**25  # 128 MiB in float32
 PROMPTS_ASKED = 16
@@ -71,7 +66,9 @@ def describe_discarded_mass(
     with torch.no_grad(), eval_mode(student):
         with autocast:
             student_hidden_B_D = student.base_model(**prompt_inputs(batch), use_cache=False).last_hidden_state[:, -1]
-        teacher_hidden_B_E = teacher.base_model(**prompt_inputs(batch.for_teacher), use_cache=False).last_hidden_state[:, -1]
+        teacher_hidden_B_E = teacher.base_model(**prompt_inputs(batch.for_teacher), use_cache=False).last_hidden_state[
+            :, -1
+        ]
         of_student = discarded_mass(student_hidden_B_D, output_head(student), **asked)
         of_teacher = discarded_mass(teacher_hidden_B_E, output_head(teacher), **asked)
     parts = [
@@ -82,22 +79,3 @@ def describe_discarded_mass(
         f"loss.vocab_size {config.loss.vocab_size}: probability of the ids that are cut, after the first {count} prompts: "
         + ", ".join(parts)
     )
-
-
-def batch_discarded_mass(
-    run: "TrainingRun", student_hidden_B_T_D: Tensor, teacher_hidden_B_T_E: Tensor, positions: PrefixPositions
-) -> dict[str, float]:
-    """The same at the positions that a step scores, as metrics; empty for a whole vocabulary. It costs two more projections, so
-    the first batch is enough."""
-    loss = run.config.loss
-    if loss.vocab_size is None or positions.row_N.numel() == 0:
-        return {}
-    metrics = {}
-    for name, model, hidden in (
-        ("student", run.student, student_hidden_B_T_D),
-        ("teacher", run.teacher, teacher_hidden_B_T_E),
-    ):
-        rows = gather_rows(hidden.detach(), positions)
-        mass = discarded_mass(rows, output_head(model), loss.vocab_size, temperature=loss.loss_temperature)
-        metrics |= {f"{name}_discarded_mass": mass.mean, f"{name}_discarded_mass_largest": mass.largest}
-    return metrics

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from esr_distill.repetition import is_repetitive
-from esr_distill.scorers import SCORERS
+from esr_distill.evaluation.repetition import is_repetitive
+from esr_distill.evaluation.scorers import SCORERS
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from esr_distill.accuracy import PairedDifference, paired_difference, values_by_question
 from esr_distill.complete_files import read_json
 from esr_distill.config import EvalConfig
-from esr_distill.grades import Grades
+from esr_distill.evaluation.accuracy import PairedDifference, paired_difference, values_by_question
+from esr_distill.evaluation.grades import Grades
 from esr_distill.input_error import InputError
 from esr_distill.prompts import PromptRecord
 

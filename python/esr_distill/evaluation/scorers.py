@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from esr_distill.boxed_answers import boxes, first_box, last_box, without_spacing
-from esr_distill.math_equivalence import is_same_mathematics, read_mathematics, require_math_verify
+from esr_distill.evaluation.boxed_answers import boxes, first_box, last_box, without_spacing
+from esr_distill.evaluation.math_equivalence import is_same_mathematics, read_mathematics, require_math_verify
 
 # A minus right after a digit is a subtraction, not a sign: the last number of "10-3" is 3.
 NUMBER = r"(?:(?<![0-9])-)?[0-9][0-9,]*(?:\.[0-9]+)?"

@@ -8,15 +8,15 @@ from typing import Protocol
 
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
-from esr_distill.prompt_sources.datasets_library import (
+from esr_distill.prompts.prompt_sources.datasets_library import (
     HUB_NAME,
     is_saved_dataset,
     open_hub_dataset,
     open_saved_dataset,
 )
-from esr_distill.prompt_sources.jsonl_file import JsonlFile
-from esr_distill.prompt_sources.parquet_file import ParquetFile
-from esr_distill.prompt_sources.record import PromptColumns, PromptRecord
+from esr_distill.prompts.prompt_sources.jsonl_file import JsonlFile
+from esr_distill.prompts.prompt_sources.parquet_file import ParquetFile
+from esr_distill.prompts.prompt_sources.record import PromptColumns, PromptRecord
 
 FILE_ENDINGS = (".jsonl", ".json", ".xz", ".gz", ".parquet")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from esr_distill.adapters import adapter_off
+from esr_distill.models.adapters import adapter_off
 from esr_distill.rollout.eval_mode import eval_mode
 
 

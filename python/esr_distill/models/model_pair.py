@@ -7,13 +7,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
-from esr_distill.adapters import add_adapter, has_adapter, load_trained_adapter
 from esr_distill.config import ModelConfig, TrainConfig
 from esr_distill.hidden_states import check_output_head
 from esr_distill.input_error import InputError
 from esr_distill.models import choose_attention, load_model, load_tokenizer
-from esr_distill.teacher import AdapterFreeTeacher, OffloadedTeacher, Teacher, on_device
-from esr_distill.train_mode import enable_gradient_checkpointing, switch_off_dropout
+from esr_distill.models.adapters import add_adapter, has_adapter, load_trained_adapter
+from esr_distill.models.teacher import AdapterFreeTeacher, OffloadedTeacher, Teacher, on_device
+from esr_distill.models.train_mode import enable_gradient_checkpointing, switch_off_dropout
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,11 @@ def load_pair(config: TrainConfig, device: torch.device, checkpoint: str | None 
     with on_device(teacher.parameters() if settings.teacher_offload else (), device):
         check_output_head(teacher, "model.teacher")
     return ModelPair(
-        student, OffloadedTeacher(teacher, device) if settings.teacher_offload else teacher, tokenizer, theirs, attention
+        student,
+        OffloadedTeacher(teacher, device) if settings.teacher_offload else teacher,
+        tokenizer,
+        theirs,
+        attention,
     )
 
 

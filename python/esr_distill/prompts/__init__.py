@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from esr_distill.input_error import InputError
-from esr_distill.prompt_encoder import tokenize_prompts
-from esr_distill.prompt_set import PromptSet
-from esr_distill.prompt_sources import PromptRecord, read_prompt_file
-from esr_distill.prompt_stream import PromptStream
+from esr_distill.prompts.prompt_encoder import tokenize_prompts
+from esr_distill.prompts.prompt_set import PromptSet
+from esr_distill.prompts.prompt_sources import PromptRecord, read_prompt_file
+from esr_distill.prompts.prompt_stream import PromptStream
 
 __all__ = [
     "PromptBatch",

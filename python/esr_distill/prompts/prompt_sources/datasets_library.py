@@ -10,7 +10,7 @@ from typing import Any
 
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
-from esr_distill.prompt_sources.record import PromptColumns, PromptRecord
+from esr_distill.prompts.prompt_sources.record import PromptColumns, PromptRecord
 
 HUB_NAME = re.compile(r"(?:hf://(?:datasets/)?)?(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 # What datasets writes into a folder: the second is of several splits.

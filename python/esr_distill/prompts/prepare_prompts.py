@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from esr_distill.input_error import InputError
-from esr_distill.prompt_encoder import PromptEncoder
-from esr_distill.prompt_set import PromptSet
-from esr_distill.prompt_sources import PromptRecord, PromptSource
-from esr_distill.prompt_stream import PromptStream
+from esr_distill.prompts.prompt_encoder import PromptEncoder
+from esr_distill.prompts.prompt_set import PromptSet
+from esr_distill.prompts.prompt_sources import PromptRecord, PromptSource
+from esr_distill.prompts.prompt_stream import PromptStream
 
 
 def prepare_prompts(

@@ -7,26 +7,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from esr_distill.accuracy import Accuracy, Estimate, PairedDifference
-from esr_distill.comparison import (
+from esr_distill.complete_files import write_json
+from esr_distill.config import EvalConfig, RolloutConfig
+from esr_distill.evaluation.accuracy import Accuracy, Estimate, PairedDifference
+from esr_distill.evaluation.comparison import (
     OtherResult,
     differences,
     options_that_differ,
     problems_digest,
     read_other_result,
 )
-from esr_distill.complete_files import write_json
-from esr_distill.config import EvalConfig, RolloutConfig
-from esr_distill.evaluate import Evaluation
-from esr_distill.grades import Grades, Reply
+from esr_distill.evaluation.evaluate import Evaluation
+from esr_distill.evaluation.grades import Grades, Reply
+from esr_distill.evaluation.math_equivalence import math_verify_version
+from esr_distill.evaluation.scorers import SCORERS
 from esr_distill.input_error import InputError
 from esr_distill.machine import machine_record
-from esr_distill.math_equivalence import math_verify_version
 from esr_distill.models import choose_attention, choose_device, find_stop_ids, load_model, load_tokenizer
 from esr_distill.progress import make_console
 from esr_distill.prompts import PromptRecord, read_prompt_file
 from esr_distill.rollout.choose_backend import make_backend
-from esr_distill.scorers import SCORERS
 
 
 def evaluate_model(config: EvalConfig) -> int:

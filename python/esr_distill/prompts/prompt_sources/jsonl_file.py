@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from esr_distill.input_error import InputError
-from esr_distill.prompt_sources.record import PromptColumns, PromptRecord, shown
+from esr_distill.prompts.prompt_sources.record import PromptColumns, PromptRecord, shown
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from esr_distill.chat_prompts import PromptWriter, check_template_arguments
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
-from esr_distill.prompt_set import PromptSet
-from esr_distill.prompt_sources import PromptRecord
+from esr_distill.prompts.chat_prompts import PromptWriter, check_template_arguments
+from esr_distill.prompts.prompt_set import PromptSet
+from esr_distill.prompts.prompt_sources import PromptRecord
 
 PLACEHOLDERS = re.compile(r"\{(prompt|privileged_context)\}")
 

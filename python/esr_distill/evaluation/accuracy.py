@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from esr_distill.grades import Grades
+from esr_distill.evaluation.grades import Grades
 
 
 @dataclass(frozen=True)

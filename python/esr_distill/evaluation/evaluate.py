@@ -10,21 +10,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
-from esr_distill.accuracy import Accuracy
 from esr_distill.config import DataConfig, EvaluationConfig
 from esr_distill.distill_loss import choose_impl
-from esr_distill.grades import Grades, Reply, grade_replies
+from esr_distill.evaluation.accuracy import Accuracy
+from esr_distill.evaluation.grades import Grades, Reply, grade_replies
+from esr_distill.evaluation.repetition import end_repeats
+from esr_distill.evaluation.scorers import SCORERS, expected_answer
 from esr_distill.hidden_states import last_hidden_states, output_head
 from esr_distill.input_error import InputError
 from esr_distill.models import StopIds
 from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.prompts import PromptRecord, PromptSet, pad_prompts, tokenize_prompts
-from esr_distill.repetition import end_repeats
 from esr_distill.rollout import InProcessBackend, RolloutBackend, RolloutBatch, generate_rollouts
 from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.rollout.hf_generate import HFGenerateBackend
 from esr_distill.sampler_settings import SamplerSettings
-from esr_distill.scorers import SCORERS, expected_answer
 from esr_kernels import Divergence, ReverseKL, linear_divergence
 
 # Request ids of a problem's samples lie this far apart: sample s of a problem draws from the same random stream whatever the

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from esr_distill.input_error import InputError
-from esr_distill.prompt_encoder import PromptEncoder
-from esr_distill.prompt_set import PromptSet, epoch_order
-from esr_distill.prompt_sources import PromptSource
+from esr_distill.prompts.prompt_encoder import PromptEncoder
+from esr_distill.prompts.prompt_set import PromptSet, epoch_order
+from esr_distill.prompts.prompt_sources import PromptSource
 
 
 class PromptStream:

@@ -13,9 +13,9 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from esr_distill.adapters import find_adapter, load_frozen_adapter
 from esr_distill.input_error import InputError
-from esr_distill.weight_formats import check_safetensors, four_bit_arguments, gguf_arguments
+from esr_distill.models.adapters import find_adapter, load_frozen_adapter
+from esr_distill.models.weight_formats import check_safetensors, four_bit_arguments, gguf_arguments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

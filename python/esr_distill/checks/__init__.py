@@ -1,0 +1,1 @@
+"""What `esr-distill check` looks at, one room for each question."""

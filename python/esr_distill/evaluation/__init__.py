@@ -1,0 +1,1 @@
+"""Replies to problems with answers: drawing, scoring, statistics, comparison."""
