@@ -54,6 +54,7 @@ class Defaults:
     repetitions: int
     row_seconds: float
     threads: int
+    gradient_checkpointing: str
 
 
 ON_GPU = Defaults(
@@ -65,6 +66,7 @@ ON_GPU = Defaults(
     repetitions=4,
     row_seconds=60.0,
     threads=torch.get_num_threads(),
+    gradient_checkpointing="on",  # without it a full rollout of 2000 tokens does not fit
 )
 ON_CPU = Defaults(
     pairs=(f"{DEMO_MODELS / 'student'}{ARROW}{DEMO_MODELS / 'teacher'}",),
@@ -75,6 +77,7 @@ ON_CPU = Defaults(
     repetitions=4,
     row_seconds=10.0,
     threads=1,  # these models are small: a second thread mostly waits, and on a busy machine for long
+    gradient_checkpointing="off",
 )
 SMOKE = Defaults(
     pairs=("tiny<-tiny-teacher",),
@@ -85,6 +88,7 @@ SMOKE = Defaults(
     repetitions=2,
     row_seconds=10.0,
     threads=1,
+    gradient_checkpointing="off",
 )
 
 
@@ -116,6 +120,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--row-seconds", type=seconds, help="a row that has a time begins no step after these")
     parser.add_argument("--only", nargs="+", help="implementations, by the names in the results")
     parser.add_argument("--dtype", choices=DTYPES, help="of both models; default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--gradient-checkpointing", choices=("on", "off"), help="of the student; default: on on a GPU, off on a CPU"
+    )
     parser.add_argument("--threads", type=positive, help="of torch; default: 1 where there is no GPU")
     parser.add_argument("--out", type=Path, help=f"folder of {FILE_NAME}; default: bench/results, by the machine")
     parser.add_argument("--commit", help="recorded where there is no git to ask")
@@ -192,6 +199,7 @@ def pair_facts(name: str, options: argparse.Namespace, pair: Pair | None) -> dic
     label = pair_label(name)
     student, teacher = label.split(ARROW)
     facts = {"pair": label, "student": student, "teacher": teacher, "dtype": options.dtype, "threads": options.threads}
+    facts["gradient_checkpointing"] = options.gradient_checkpointing == "on"
     if pair is None:
         return facts | {"student_shape": None, "teacher_shape": None, "attention": None}
     for role, model in (("student", pair.student), ("teacher", pair.teacher)):
@@ -204,7 +212,7 @@ def measure_pair(name: str, options: argparse.Namespace, results: Results, stopw
     rows that say so."""
     pair, problem, columns = None, {}, {}
     try:
-        pair = make_pair(name, options.device, options.dtype)
+        pair = make_pair(name, options.device, options.dtype, has_checkpoints=options.gradient_checkpointing == "on")
         columns = rollout_gate(pair, options)
     except Exception as error:
         problem = failure(error)

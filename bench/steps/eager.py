@@ -10,6 +10,7 @@ from bench.steps.clock import MemoryClock
 from esr_distill.metrics import StageClock
 from esr_distill.prompts import PromptBatch, next_prompt_batch
 from esr_distill.rollout import RolloutBatch
+from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.rollout.hf_generate import generation_config, only_generation_config
 from esr_distill.training_run import TrainingRun
 
@@ -18,7 +19,7 @@ def generated(run: TrainingRun, prompts: PromptBatch) -> RolloutBatch:
     """Rollouts by `generate` with the request's sampler settings; the logits of its steps are not kept."""
     config = generation_config(run.rollout_request)
     config.output_logits = config.output_scores = config.return_dict_in_generate = False
-    with only_generation_config(run.student, config):
+    with only_generation_config(run.student, config), eval_mode(run.student):
         mask_B_P = prompts.prompt_mask_B_P.long()
         ids_B_T = run.student.generate(prompts.prompt_ids_B_P, attention_mask=mask_B_P)
     return given_rollouts(prompts, ids_B_T[:, mask_B_P.shape[1] :])

@@ -14,6 +14,7 @@ from esr_distill.config import DataConfig, ModelConfig, OptimizerConfig, Rollout
 from esr_distill.distill_loss import choose_impl, make_divergence
 from esr_distill.input_error import InputError
 from esr_distill.models import StopIds
+from esr_distill.models.train_mode import enable_gradient_checkpointing, switch_off_dropout
 from esr_distill.prompts import PromptSet
 from esr_distill.rollout import RolloutRequest
 from esr_distill.rollout.choose_backend import make_backend
@@ -66,14 +67,19 @@ def pair_label(pair: str) -> str:
     return ARROW.join(label(name) for name in pair_names(pair))
 
 
-def make_pair(pair: str, device: str, dtype: str) -> Pair:
-    """Both models with weights in `dtype`, and AdamW over the student's, whose moments have the type of the weights.
+def make_pair(pair: str, device: str, dtype: str, *, has_checkpoints: bool = False) -> Pair:
+    """Both models with weights in `dtype`, and AdamW over the student's, whose moments have the type of the weights. With
+    checkpoints the student's layers keep their inputs alone and compute the rest again in backward, for every implementation.
 
     Raises:
         ValueError: unknown names, or vocabularies of different sizes.
     """
     student, teacher = (make_model(name, device, DTYPES[dtype]) for name in pair_names(pair))
     teacher.requires_grad_(False)
+    if has_checkpoints:
+        switch_off_dropout(student)
+        enable_gradient_checkpointing(student)
+        student.train()
     optimizer, scheduler = make_optimizer(student, OPTIMIZER, RunConfig().steps)
     made = Pair(pair_label(pair), dtype, student, teacher, optimizer, scheduler)
     preflight.check_vocab_sizes(student, teacher, step_config(made, StepSetting(1, 1, 1)))

@@ -54,6 +54,7 @@ class TrlSteps:
             raise NotInstalled(f"TRL: its DistillationTrainer must have {', '.join(missing)}, as that of 1.16.0 has")
         run = make_run(pair, setting)
         self.student, self.folder = pair.student, tempfile.TemporaryDirectory()
+        self.was_training = pair.student.training
         self.special_ids = SpecialIds.taken_from(pair.student)
         self.callback, self.trainer, self.thread = StepByStep(run.device), None, None
         try:
@@ -82,7 +83,7 @@ class TrlSteps:
             self.callback.wanted.put(False)
             self.thread.join()
         self.thread = self.trainer = None
-        self.student.eval()
+        self.student.train(self.was_training)
         self.special_ids.give_back(self.student)
         self.folder.cleanup()
 
@@ -213,7 +214,7 @@ def trainer_settings(run: TrainingRun, folder: str) -> dict:
         "min_p": sampler.min_p or None,
         "beta": 1.0,
         "max_grad_norm": run.config.optimizer.max_grad_norm,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False,  # the pair's own stays on where it has it
         "bf16": False,
         "use_cpu": is_cpu,
         "dataloader_pin_memory": not is_cpu,

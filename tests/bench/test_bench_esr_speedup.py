@@ -322,3 +322,18 @@ def test_qwen3_8b_by_hand(bench):
     # two matrices of 151,936 x 4096; a layer: q and o, k and v, three of the MLP, norms of 4096 twice and of a head twice
     layer = 2 * 4096 * 32 * 128 + 2 * 4096 * 8 * 128 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
     assert sum(weight.numel() for weight in model.parameters()) == 2 * 151_936 * 4096 + 36 * layer + 4096
+
+
+def test_checkpoints_change_neither_loss_nor_gradient_and_rollouts_keep_their_cache(bench):
+    """The gate compares ours and the eager step; both pass with the student's layers computed again in backward."""
+    runs = bench("steps.runs")
+    pair = runs.make_pair("tiny<-tiny-teacher", "cpu", "float32", has_checkpoints=True)
+    assert pair.student.training and not pair.teacher.training
+    run = runs.make_run(pair, bench("floor").StepSetting(3, 6, 5))
+    plain = runs.make_run(runs.make_pair("tiny<-tiny-teacher", "cpu", "float32"), bench("floor").StepSetting(3, 6, 5))
+    gates = [bench("steps.gate").step_gate(each) for each in (run, plain)]
+    assert gates[0]["gate_loss"] == pytest.approx(gates[1]["gate_loss"], rel=1e-6)
+    bench("steps.gate").check_gate(gates[0], "float32")
+    prompts = bench("steps.gate").next_prompt_batch(run.prompts, 3, 0, 0)
+    drawn = [bench("steps.eager").generated(each, prompts) for each in (run, plain)]
+    assert drawn[0].token_ids_B_T.shape == drawn[1].token_ids_B_T.shape and pair.student.training
