@@ -74,10 +74,12 @@ def run_train(options: Namespace, argv: list[str]) -> int:
         config = load_saved_config(Path(options.resume))
     else:
         config = parse_train_options(argv[1:])
+    from esr_distill.devices.launcher import leave_processes
     from esr_distill.progress import make_console
     from esr_distill.train import train
 
     result = train(config, make_console(), resume=options.resume is not None)
+    leave_processes()
     return 0 if result.finished else INTERRUPTED
 
 
@@ -90,7 +92,7 @@ def run_check(options: Namespace, argv: list[str]) -> int:
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output.add_argument("--output")
     config = parse_train_options(output.parse_known_args(argv[1:])[1])
-    from esr_distill.check_command import check_config
+    from esr_distill.checks.check_command import check_config
     from esr_distill.progress import make_console
 
     return check_config(config, make_console(), options.output)

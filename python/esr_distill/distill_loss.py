@@ -59,6 +59,7 @@ def normalize_divergence(
     batch_size: int,
     normalizer: str,
     denominator: float | None = None,
+    num_positions: int | None = None,
 ) -> Tensor:
     """Reduce the divergence of N positions in `batch_size` rollouts to a scalar.
 
@@ -69,13 +70,16 @@ def normalize_divergence(
     - "token_mean":     sum_b sum_t w d / sum_b n(b)
     - "fixed":          sum_b sum_t w d / denominator
 
+    Where these are a part of a step, `batch_size` and `num_positions`, which stands for sum_b n(b), are those of the whole
+    step, so that the parts' losses add up to the step's.
+
     A rollout without positions adds 0 and counts in B; where there is no position at all the loss is 0 and so is its gradient.
     A divergence of a position with weight 0 is not read, whatever it is.
     """
     is_kept_N = weights_N > 0
     weighted_N = torch.where(is_kept_N, weights_N * divergence_N, 0.0)
     if normalizer == "token_mean":
-        return weighted_N.sum() / is_kept_N.sum().clamp_min(1)
+        return weighted_N.sum() / (is_kept_N.sum().clamp_min(1) if num_positions is None else max(1, num_positions))
     if normalizer == "sum":
         return weighted_N.sum() / batch_size
     if normalizer == "sequence_mean":

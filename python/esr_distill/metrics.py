@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esr_distill.complete_files import write_text
 from esr_distill.json_numbers import finite_or_none
-from esr_distill.position_bins import means_by_position
+from esr_distill.monitoring.position_bins import means_by_position
 from esr_distill.prefix_positions import PrefixPositions
 from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_kernels import DivergenceOutput

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from esr_distill.packed_rows import HiddenRows
 from esr_distill.rollout.rollout_batch import RolloutBatch, response_mask
 
 
@@ -46,6 +47,6 @@ def select_prefix_positions(
     )
 
 
-def gather_rows(hidden_B_T_D: Tensor, positions: PrefixPositions) -> Tensor:
-    """(B, T, D) -> (N, D), the hidden states that predict the kept tokens."""
+def gather_rows(hidden_B_T_D: Tensor | HiddenRows, positions: PrefixPositions) -> Tensor:
+    """(B, T, D), or the same of packed rows, -> (N, D), the hidden states that predict the kept tokens."""
     return hidden_B_T_D[positions.row_N, positions.column_N]

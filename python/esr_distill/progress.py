@@ -56,9 +56,10 @@ class TrainingProgress:
 
 
 def step_summary(record: dict) -> str:
-    """One line: loss, mean length, seconds and the share of each stage."""
+    """One line: loss, mean length, tokens per second, seconds and the share of each stage."""
     stages = record["stage_seconds"]
     shares = " ".join(
         f"{name.removesuffix('_forward')} {100 * t / record['seconds']:.0f}%" for name, t in stages.items()
     )
-    return f"loss {record['loss']:.4f}  length {record['mean_length']:.1f}  {record['seconds']:.2f} s ({shares})"
+    speed = "" if record["tokens_per_second"] is None else f"{record['tokens_per_second']:.0f} tokens/s  "
+    return f"loss {record['loss']:.4f}  length {record['mean_length']:.1f}  {speed}{record['seconds']:.2f} s ({shares})"

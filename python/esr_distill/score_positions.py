@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from esr_distill.devices.sharding import whole_head
 from esr_distill.distill_loss import PLAIN_DIVERGENCES
 from esr_distill.hidden_states import output_head
 from esr_distill.prefix_positions import PrefixPositions, gather_rows
@@ -18,12 +19,14 @@ def score_positions(
     student_hidden_N_D = gather_rows(student_hidden_B_T_D, positions)
     teacher_hidden_N_E = gather_rows(teacher_hidden_B_T_E, positions)
 
+    student_head, teacher_head = (whole_head(output_head(model)) for model in (run.student, run.teacher))
+
     def scored(divergence: Divergence, rows: Tensor | slice) -> DivergenceOutput:
         return linear_divergence(
             student_hidden_N_D[rows],
-            output_head(run.student),
+            student_head,
             teacher_hidden_N_E[rows],
-            output_head(run.teacher),
+            teacher_head,
             divergence,
             loss_temperature=loss.loss_temperature,
             token_ids_N=positions.token_ids_N[rows],

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from esr_distill.hidden_states import last_hidden_states
+from esr_distill.packed_rows import HiddenRows
 from esr_distill.prompt_prefill import PromptPrefill
 from esr_distill.prompts import PromptBatch
 from esr_distill.rollout.rollout_batch import RolloutBatch
@@ -56,4 +57,6 @@ def in_student_columns(teacher_hidden_B_S_E: Tensor, read: RolloutBatch, rollout
     with zeros in columns that no response token is predicted from.
     """
     surplus = read.prompt_width - rollouts.prompt_width
+    if surplus < 0 and isinstance(teacher_hidden_B_S_E, HiddenRows):
+        return teacher_hidden_B_S_E.with_padding_before(-surplus)
     return teacher_hidden_B_S_E[:, surplus:] if surplus >= 0 else pad(teacher_hidden_B_S_E, (0, 0, -surplus, 0))

@@ -24,13 +24,15 @@ from esr_distill.checkpoint import (
 )
 from esr_distill.config import TrainConfig
 from esr_distill.config_file import save_config
-from esr_distill.full_length_probe import FullLengthProbe, describe_probe
+from esr_distill.devices.follower_log import open_log
+from esr_distill.devices.launcher import join_processes
 from esr_distill.horizon_schedule import HorizonSchedule
 from esr_distill.input_error import InputError
+from esr_distill.monitoring.full_length_probe import FullLengthProbe, describe_probe
+from esr_distill.monitoring.run_log import RunLog
+from esr_distill.monitoring.sample_table import SampleWatch, sample_table
+from esr_distill.monitoring.trackers import check_trackers
 from esr_distill.progress import TrainingProgress
-from esr_distill.run_log import RunLog
-from esr_distill.sample_table import SampleWatch, sample_table
-from esr_distill.trackers import check_trackers
 from esr_distill.train_step import train_step
 from esr_distill.training_run import TrainingRun, prepare_run
 
@@ -67,12 +69,14 @@ class StopSignal:
 
 
 def train(config: TrainConfig, console: Console, *, resume: bool = False) -> TrainResult:
-    """Run `config` to its last step, or from its newest checkpoint on if `resume`.
+    """Run `config` to its last step, or from its newest checkpoint on if `resume`. Started by a launcher it is one of several
+    processes, of which the main one prints and writes.
 
     Raises:
         InputError: bad input, found before any training; or a fresh run into a folder that holds a run.
     """
-    output_dir = Path(config.run.output_dir)
+    devices = join_processes(config)
+    console, output_dir = devices.console(console), Path(config.run.output_dir)
     checkpoint = latest_checkpoint(output_dir) if resume else None
     if not resume and find_checkpoints(output_dir):
         raise InputError(
@@ -80,13 +84,14 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> Tra
             f"go on with it by --resume {output_dir}, or choose another folder"
         )
     check_trackers(config.monitoring.trackers)
-    run = prepare_run(config, console, None if checkpoint is None else str(checkpoint))
+    run = prepare_run(config, console, None if checkpoint is None else str(checkpoint), devices)
     probe = FullLengthProbe.prepare(run)
-    log = RunLog(config, output_dir)
+    log = open_log(config, output_dir, devices)
     if checkpoint is None:
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, output_dir)
+            if devices.is_main:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                save_config(config, output_dir)
         except OSError as error:
             raise InputError(
                 f"run.output_dir must be a folder that can be written, got {str(output_dir)!r} ({error.strerror})"
@@ -110,7 +115,7 @@ def training_loop(
     """Steps, evaluations, probes and checkpoints until the last step or a stop signal; the last one is always saved."""
     config, settings = run.config, run.config.run
     horizons = HorizonSchedule(config.horizon, config.rollout.horizon, settings.steps)
-    for record in log.steps():
+    for record in run.devices.from_main(log.steps()):
         horizons.observe(record)
     if state.step == 0:
         record_accuracy(run, state, log, console)
@@ -128,7 +133,7 @@ def training_loop(
                 record_accuracy(run, state, log, console)
             if finished or is_due(config.monitoring.probe_every, state.step):
                 record_probe(run, state, log, console, probe, record["horizon"])
-            stopped = stop.received
+            stopped = run.devices.any(stop.received)
             if finished or stopped or state.step % settings.save_every == 0:
                 checkpoint = save_checkpoint(run, state, log.output_dir)
     if finished:
@@ -159,8 +164,8 @@ def record_accuracy(run: TrainingRun, state: TrainerState, log: RunLog, console:
     """Evaluate the student as rollouts are drawn, where evaluation is configured. Its time is no training time."""
     if run.evaluation is None:
         return
-    with run.autocast():
-        result = run.evaluation.accuracy(run.student)
+    with run.autocast(), run.whole_student() as student:
+        result = run.evaluation.accuracy(student)
     log.write({"kind": "evaluation", "step": state.step, "train_seconds": state.train_seconds, **result.record()})
     console.print(f"step {state.step}: {result}")
 
@@ -176,6 +181,7 @@ def record_probe(
     """Answer the probe's prompts at full length, where there is a probe. Its time is no training time."""
     if probe is None:
         return
-    record = probe.measure(run, min(horizon, run.config.trained_tokens))
+    with run.whole_student() as student:
+        record = probe.measure(run.with_whole_student(student), min(horizon, run.config.trained_tokens))
     log.write({"kind": "probe", "step": state.step, "train_seconds": state.train_seconds, **record})
     console.print(describe_probe(record, state.step), highlight=False)

@@ -1,7 +1,7 @@
 """All parts of a run, loaded and checked, before the first step."""
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -9,6 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import OptimizerConfig, TrainConfig
+from esr_distill.devices import Devices
+from esr_distill.devices.check_devices import check_devices, check_same
+from esr_distill.devices.sharding import WholeCopy, shard_model
 from esr_distill.distill_loss import choose_impl, make_divergence
 from esr_distill.evaluation.evaluate import Evaluation
 from esr_distill.learning_rate import learning_rate_factor
@@ -45,13 +48,28 @@ class TrainingRun:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     evaluation: Evaluation | None
+    devices: Devices
+    whole_copy: WholeCopy | None = None
 
     def autocast(self) -> AbstractContextManager:
         return student_autocast(self.config, self.device)
 
+    def whole_student(self) -> AbstractContextManager[PreTrainedModel]:
+        """The student with all of its weights, to draw, to evaluate, to save: itself, unless it is sharded.
 
-def prepare_run(config: TrainConfig, console: Console, student_source: str | None = None) -> TrainingRun:
-    """Load and check everything. `student_source` is a checkpoint to go on from instead of `model.student`.
+        All processes enter it together."""
+        return nullcontext(self.student) if self.whole_copy is None else self.whole_copy.weights()
+
+    def with_whole_student(self, student: PreTrainedModel) -> "TrainingRun":
+        """The run as one sees it that only reads the student, inside `whole_student`."""
+        return self if student is self.student else replace(self, student=student)
+
+
+def prepare_run(
+    config: TrainConfig, console: Console, student_source: str | None = None, devices: Devices | None = None
+) -> TrainingRun:
+    """Load and check everything. `student_source` is a checkpoint to go on from instead of `model.student`; `devices` is this
+    process among several.
 
     Raises:
         InputError: anything that would go wrong later and can be seen now.
@@ -61,8 +79,10 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     evaluation_records = None
     if config.evaluation.prompts is not None:
         evaluation_records = read_prompt_file(config.evaluation.prompts, "evaluation.prompts")
-    device = choose_device(config.model.device)
+    devices = devices or Devices(choose_device(config.model.device))
+    device = devices.device
     preflight.check_options(config, device)
+    check_devices(config, devices)
     pair = load_pair(config, device, student_source)
     student, teacher, tokenizer = pair.student, pair.teacher, pair.tokenizer
     stop = find_stop_ids(tokenizer, student, teacher, vocab_size=config.loss.vocab_size)
@@ -92,8 +112,7 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
             device=device,
             rollouts=make_backend(config.rollout),
         )
-    optimizer, scheduler = make_optimizer(student, config.optimizer, config.run.steps)
-    console.print(f"{pair.describe(config.model)}, {device.type}, attention {pair.attention}")
+    console.print(f"{pair.describe(config.model)}, {device.type}, attention {pair.attention}, rows {pair.rows}")
     if config.loss.vocab_size is not None:
         console.print(
             describe_discarded_mass(student, teacher, prompts, config, student_autocast(config, device)),
@@ -114,7 +133,17 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
     )
     if config.model.trains_in_train_mode:
         student.train()
-        seed_dropout(config.run.seed)
+        seed_dropout(config.run.seed + devices.rank)
+    whole_copy = None
+    if devices.world_size > 1:
+        check_same(config, student, devices)
+        console.print(f"{devices.world_size} processes, devices.shard {config.devices.shard}")
+    if config.devices.shard != "none":
+        whole_copy = WholeCopy(student)
+        shard_model(student, devices, "model.student")
+    if config.devices.shard == "both":
+        shard_model(teacher, devices, "model.teacher")
+    optimizer, scheduler = make_optimizer(student, config.optimizer, config.run.steps)
     return TrainingRun(
         config,
         device,
@@ -131,6 +160,8 @@ def prepare_run(config: TrainConfig, console: Console, student_source: str | Non
         optimizer,
         scheduler,
         evaluation,
+        devices,
+        whole_copy,
     )
 
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from esr_distill.checkpoint import find_checkpoints
 from esr_distill.config import DataConfig, EvaluationConfig, LossConfig, MonitoringConfig, RolloutConfig, TrainConfig
 from esr_distill.config.lora import LoraSettings
-from esr_distill.full_length_probe import FIRST_REQUEST, FullLengthProbe, choose_prompts, describe_probe
 from esr_distill.input_error import InputError
 from esr_distill.metrics import read_metrics
+from esr_distill.monitoring.full_length_probe import FIRST_REQUEST, FullLengthProbe, choose_prompts, describe_probe
 from esr_distill.prompts import PromptRecord, PromptStream, tokenize_prompts
 from esr_distill.prompts.prompt_encoder import PromptEncoder
 from esr_distill.rollout import RolloutBatch

@@ -110,7 +110,8 @@ def test_a_run_resumed_with_dropout_is_the_same_to_the_bit(tmp_path, console, mo
     assert weights[0].keys() == weights[1].keys() and len(weights[0]) == 28
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in folders]
-    assert torch.equal(states[0]["torch_random_state"], states[1]["torch_random_state"])
+    torch_states = [state["random_states"][0]["torch_random_state"] for state in states]
+    assert torch.equal(*torch_states)
     for index, state in states[0]["optimizer"]["state"].items():
         assert torch.equal(state["exp_avg_sq"], states[1]["optimizer"]["state"][index]["exp_avg_sq"])
 

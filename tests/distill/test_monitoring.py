@@ -14,13 +14,13 @@ from rich.console import Console
 from test_train import interrupt_after, losses, record_rollouts, tiny_config
 from tiny_models import BOS, EOS, make_model, make_rollouts, make_tokenizer
 
-from esr_distill import trackers
 from esr_distill.config import LossConfig, MonitoringConfig, RolloutConfig, TrainConfig
 from esr_distill.input_error import InputError
 from esr_distill.metrics import read_metrics
+from esr_distill.monitoring import trackers
+from esr_distill.monitoring.sample_table import SampleWatch, sample_table
+from esr_distill.monitoring.trackers import check_trackers, numbers_of
 from esr_distill.prefix_positions import select_prefix_positions
-from esr_distill.sample_table import SampleWatch, sample_table
-from esr_distill.trackers import check_trackers, numbers_of
 from esr_distill.train import train
 from esr_kernels import DivergenceOutput
 

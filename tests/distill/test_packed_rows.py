@@ -187,6 +187,18 @@ def test_a_row_that_is_one_token(varlen):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompts", [[[9] * 9, [BOS], [8, 4], [5], [6]], [[BOS, 3], [4], [5, 5], [BOS], [7, 8]]])
+def test_other_prompts_are_counted_from_the_students_columns(prompts, varlen):
+    """A teacher that reads prompts of its own, wider or narrower than the student's seven columns."""
+    model, read = make_family("llama"), make_rollouts(prompts, RESPONSES)
+    expected = gather_rows(last_hidden_states(model, read), select_prefix_positions(read, 6))
+    surplus = read.prompt_width - ROLLOUTS.prompt_width
+    hidden = last_hidden_states(packed(model), read)
+    hidden = hidden[:, surplus:] if surplus >= 0 else hidden.with_padding_before(-surplus)
+    found = gather_rows(hidden, select_prefix_positions(ROLLOUTS, 6))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_windows_limit_rows_that_are_longer(varlen):
     """Three tokens, the token itself among them, are two to its left; rows within the window need none."""
     model = packed(make_family("mistral, windows"))

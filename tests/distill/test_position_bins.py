@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from esr_distill.position_bins import bin_names, count_by_position, mean_by_position, means_by_position
+from esr_distill.monitoring.position_bins import bin_names, count_by_position, mean_by_position, means_by_position
 
 
 def test_bins_by_hand():

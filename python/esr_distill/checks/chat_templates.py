@@ -6,11 +6,11 @@ from dataclasses import replace
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from esr_distill.chat_prompts import PROBE, PromptWriter, chat_messages
 from esr_distill.checks.finding import Finding
 from esr_distill.config import DataConfig
 from esr_distill.input_error import InputError
-from esr_distill.template_differences import template_differences
+from esr_distill.prompts.chat_prompts import PROBE, PromptWriter, chat_messages
+from esr_distill.prompts.template_differences import template_differences
 
 # A thought is opened and closed by tags of these names in the templates of today's models.
 THOUGHT_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>")
@@ -29,7 +29,7 @@ def template_finding(
     check = "chat templates"
     if is_plain(prompt, data):
         return Finding(check, "ok", "prompts are plain texts (data.chat_template is false): no template writes them")
-    found = template_differences(student, teacher, chat_messages(prompt, None), data)
+    found = template_differences(student, teacher, prompt, data)
     values = {
         "student_text": found.student_text,
         "teacher_text": found.teacher_text,
@@ -136,7 +136,7 @@ def thinking_finding(
             check,
             "warning",
             f"{message}, inside a thought: the first {horizon} tokens of a rollout are its beginning",
-            "set data.enable_thinking to false, or close the thought with data.response_prefix, unless thoughts are to be trained",
+            "set data.enable_thinking to false or close the thought with data.response_prefix, unless thoughts are to be trained",
             values,
         )
     return Finding(check, "ok", f"{message}, in both templates", values=values)
@@ -155,7 +155,7 @@ def turn_end_finding(
     stop_ids: tuple[int, ...],
     owner: str,
 ) -> Finding:
-    """Whether the token with which a template ends the model's turn is one that ends a rollout. `owner` is whose template it is."""
+    """Whether a rollout ends at the token with which a template ends the model's turn. `owner` is whose template it is."""
     check = f"end of the {owner}'s turn"
     if is_plain(prompt, data):
         return Finding(check, "ok", "prompts are plain texts: no template ends a turn")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from esr_distill.checks.finding import Finding
-from esr_distill.discarded_mass import discarded_mass
 from esr_distill.hidden_states import last_hidden_states, output_head
 from esr_distill.metrics import by_position, mean_or_none
-from esr_distill.position_bins import count_by_position
+from esr_distill.models.discarded_mass import discarded_mass
+from esr_distill.monitoring.position_bins import count_by_position
 from esr_distill.prefix_positions import PrefixPositions, gather_rows, select_prefix_positions
 from esr_distill.prompts import pad_prompts
 from esr_distill.rollout import RolloutBatch
@@ -94,8 +94,8 @@ def agreement_finding(run: TrainingRun, first: FirstRollouts) -> Finding:
         **by_position(divergence, first.positions.slot_N),
     }
     message = (
-        f"{values['rollouts']} rollouts of at most {first.rollouts.response_ids_B_K.shape[1]} tokens: both models' likeliest token "
-        f"is the same at {100 * agreement:.0f} % of them, {name} {mean:.3f} nats a token; they begin with {words}"
+        f"{values['rollouts']} rollouts of at most {first.rollouts.response_ids_B_K.shape[1]} tokens: the likeliest token of "
+        f"both models is the same at {100 * agreement:.0f} %, {name} {mean:.3f} nats a token; they begin with {words}"
     )
     if not math.isfinite(mean):
         fix = "look for NaN or infinity in the logits of the models, e.g. in another dtype (model.dtype, model.teacher_dtype)"
@@ -145,7 +145,7 @@ def determinism_finding(run: TrainingRun, first: FirstRollouts) -> Finding:
 
 
 def vocabulary_finding(run: TrainingRun, first: FirstRollouts, wanted_vocab_size: int | None) -> Finding:
-    """Ids beyond the tokenizer's last one, and what both models think of them; `wanted_vocab_size` is the option as it was given."""
+    """Ids beyond the tokenizer's last one, and what both models think of them. `wanted_vocab_size` is the option as given."""
     check = "vocabulary"
     models = {"student": (run.student, first.student_N_D), "teacher": (run.teacher, first.teacher_N_E)}
     known = max(run.tokenizer.get_vocab().values()) + 1

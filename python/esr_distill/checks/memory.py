@@ -2,7 +2,8 @@
 
 Counted are weights, gradients, both moments, the teacher, the KV cache, what a forward keeps for backward (measured on a few
 tokens and taken to grow with their number), hidden states and the workspace of the divergence. Logits of all positions are never
-there. Not counted are the CUDA context, captured graphs and fragmentation.
+there. Not counted are the CUDA context, captured graphs and fragmentation. It is that of one process that does all of a step:
+what several processes share is not taken off.
 """
 
 from dataclasses import dataclass, field
@@ -12,18 +13,17 @@ from torch import Tensor
 
 from esr_distill.checks.finding import Finding
 from esr_distill.hidden_states import last_hidden_states
+from esr_distill.models.teacher import OffloadedTeacher
 from esr_distill.prompts import pad_prompts
 from esr_distill.rollout import RolloutBatch
 from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.rollout.prefill import prefill
-from esr_distill.teacher import OffloadedTeacher
 from esr_distill.training_run import TrainingRun
 
 GIB = 2**30
 WORKSPACE_SHARE = 16  # linear_divergence may hold this part of a CUDA device's memory
-REFERENCE_TENSORS = (
-    14  # (N, V) in float32 that the plain reference holds at its peak: 13.9 to 14.4 times one were measured
-)
+# Of size (N, V) in float32, that the plain reference holds at its peak; 13.9 to 14.4 times one were measured.
+REFERENCE_TENSORS = 14
 LOGIT_BYTES = 12  # two logits in float32 and a kept gradient in float32, at most
 SMALL_SHARE = 0.9  # of the memory: above it the estimate is too near to be relied on
 FORWARD_TOKENS = (16, 48)
@@ -59,7 +59,8 @@ def estimate_memory(run: TrainingRun) -> MemoryEstimate:
     rollout = config.rollout
     rows, longest = rollout.batch_size, run.prompts.longest
     tokens = longest + rollout.horizon
-    scored = rows * min(rollout.horizon, config.trained_tokens)
+    at_once = rows // config.optimizer.accumulation_steps
+    scored = at_once * min(rollout.horizon, config.trained_tokens)
     trained = weight_bytes(parameter for parameter in student.parameters() if parameter.requires_grad)
     teacher_bytes = 0 if config.model.is_teacher_base else weight_bytes(teacher.parameters())
     waits = teacher_bytes if isinstance(teacher, OffloadedTeacher) else 0
@@ -82,25 +83,24 @@ def estimate_memory(run: TrainingRun) -> MemoryEstimate:
         | kept
         | {
             "gradients": trained,
-            "kept for backward": rows * tokens * per_token + once,
-            "teacher's forward": waits + rows * tokens * forward_only_bytes(run, teacher),
-            "hidden states": rows * tokens * (hidden_bytes(run, student) + hidden_bytes(run, teacher))
-            + scored * (hidden_bytes(run, student) + hidden_bytes(run, teacher)),
+            "kept for backward": at_once * tokens * per_token + once,
+            "teacher's forward": waits + at_once * tokens * forward_only_bytes(run, teacher),
+            "hidden states": (at_once * tokens + scored) * (hidden_bytes(run, student) + hidden_bytes(run, teacher)),
             "divergence": workspace_bytes(run, scored),
         },
         "optimizer": always | kept | {"gradients": trained, "temporary": trained},
     }
     settings = config.monitoring
     if settings.probe_every is not None:
-        answer = longest + settings.probe_tokens
-        at_once = min(rows, settings.probe_prompts)
+        length = longest + settings.probe_tokens
+        answers = min(rows, settings.probe_prompts)
         stages["probe"] = (
             always
             | kept
             | {
-                "KV cache of the probe": at_once * answer * cache,
+                "KV cache of the probe": answers * length * cache,
                 "forwards of one answer": waits
-                + answer * (forward_only_bytes(run, student) + forward_only_bytes(run, teacher)),
+                + length * (forward_only_bytes(run, student) + forward_only_bytes(run, teacher)),
                 "divergence": workspace_bytes(run, settings.probe_tokens),
             }
         )
@@ -144,7 +144,7 @@ def cache_bytes_per_token(run: TrainingRun) -> int:
 
 
 def forward_bytes(run: TrainingRun) -> tuple[int, int]:
-    """What the student's forward keeps for backward: bytes a token, and bytes whatever the number of tokens (copies of weights that
+    """What the student's forward keeps for backward: bytes a token, and bytes for any number of tokens (copies of weights that
     autocast makes). Two forwards of different lengths, in eval mode, where no layer is computed again.
 
     On a device other than the one that will train, attention may keep other tensors.

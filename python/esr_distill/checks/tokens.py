@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.checks.finding import Finding
@@ -29,8 +29,8 @@ def stop_sources(run: TrainingRun, teacher_tokenizer: PreTrainedTokenizerBase) -
     teacher = settings.student if settings.is_teacher_base else settings.teacher
     return {
         "the student's tokenizer": ids_of(run.tokenizer.eos_token_id),
-        "its generation config": saved_generation_ids(settings.student),
-        "its config": ids_of(run.student.config.get_text_config().eos_token_id),
+        "the student's generation config": saved_generation_ids(settings.student),
+        "the student's config": ids_of(run.student.config.get_text_config().eos_token_id),
         "the teacher's tokenizer": ids_of(teacher_tokenizer.eos_token_id),
         "the teacher's generation config": saved_generation_ids(teacher),
         "the teacher's config": ids_of(run.teacher.config.get_text_config().eos_token_id),
@@ -94,3 +94,17 @@ def load_tokenizers(settings: ModelConfig) -> tuple[PreTrainedTokenizerBase, Pre
     return student, load_tokenizer(
         settings.teacher, "model.teacher", gguf_file=files["teacher"], trust_remote_code=code
     )
+
+
+def have_other_widths(settings: ModelConfig) -> bool:
+    """Whether the models' configs name vocabularies of different size; False where a config cannot be read."""
+    try:
+        widths = {
+            AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+            .get_text_config()
+            .vocab_size
+            for source in (settings.student, settings.teacher)
+        }
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return len(widths) > 1

@@ -5,6 +5,7 @@ over the whole vocabulary, averaged over the positions of a rollout and then ove
 """
 
 from esr_distill.config.data import DataConfig
+from esr_distill.config.devices import DevicesConfig
 from esr_distill.config.evaluation import EvalConfig, EvaluationConfig, ScorerName
 from esr_distill.config.horizon import HorizonScheduleConfig
 from esr_distill.config.lora import LoraSettings
@@ -19,6 +20,7 @@ from esr_distill.config.train import TrainConfig
 
 __all__ = [
     "DataConfig",
+    "DevicesConfig",
     "DivergenceName",
     "EvalConfig",
     "EvaluationConfig",

@@ -26,6 +26,11 @@ class ModelConfig:
         autocast: Run the float32 student under bfloat16 autocast.
         attn_implementation: Attention of both models, by transformers' name; auto is flash_attention_2 where flash-attn is
             installed and both models run in 16 bits on a CUDA device, else sdpa. What was chosen is printed.
+        packing: How rollouts lie in the student's training forward and the teacher's. none pads them to the longest; varlen and
+            flash put them one behind the other without padding, through PyTorch's varlen_attn or, with flash_attention_2,
+            flash-attn's. auto is flash where flash_attention_2 was chosen, varlen for sdpa where both models run in 16 bits on a
+            CUDA device, else none, and none for a model that cannot be packed. What was chosen is printed. The
+            default is none for as long as neither kernel has been run on a GPU.
         device: Where both models live; auto takes CUDA when there is one.
         lora: Train an adapter in place of all weights.
         gradient_checkpointing: Keep only the inputs of the student's layers between forward and backward and compute the rest
@@ -42,6 +47,7 @@ class ModelConfig:
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool = False
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    packing: Literal["auto", "none", "varlen", "flash"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     lora: LoraSettings = field(default_factory=LoraSettings)
     gradient_checkpointing: bool = False

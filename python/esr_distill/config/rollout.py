@@ -13,7 +13,7 @@ class RolloutConfig:
 
     Args:
         horizon: Response tokens after which a rollout stops (EOS stops it earlier). ESR is a short horizon.
-        batch_size: Rollouts in a step.
+        batch_size: Rollouts in a step, those of all processes and all accumulation steps together.
         samples_per_prompt: Rollouts for each prompt, which is read once for all of them; batch_size is a multiple of it.
         sampling_temperature: Temperature of sampling; 0 is greedy.
         top_k: Keep only the k most probable tokens; 0 is off.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from esr_distill.config.data import DataConfig
+from esr_distill.config.devices import DevicesConfig
 from esr_distill.config.evaluation import EvaluationConfig
 from esr_distill.config.horizon import HorizonScheduleConfig
 from esr_distill.config.loss import LossConfig
@@ -29,6 +30,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

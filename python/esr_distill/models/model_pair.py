@@ -8,24 +8,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import ModelConfig, TrainConfig
-from esr_distill.hidden_states import check_output_head
+from esr_distill.hidden_states import check_output_head, pack_rows
 from esr_distill.input_error import InputError
 from esr_distill.models import choose_attention, load_model, load_tokenizer
 from esr_distill.models.adapters import add_adapter, has_adapter, load_trained_adapter
 from esr_distill.models.teacher import AdapterFreeTeacher, OffloadedTeacher, Teacher, on_device
 from esr_distill.models.train_mode import enable_gradient_checkpointing, switch_off_dropout
+from esr_distill.packed_attention import choose_packing
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A student in eval mode, the teacher that scores it, their tokenizers (one vocabulary, maybe two chat templates), and the
-    attention of both."""
+    """A student in eval mode, the teacher that scores it, their tokenizers (one vocabulary, maybe two chat templates), the
+    attention of both, and how each lays out its rows, in words."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel | Teacher
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase
     attention: str
+    rows: str
 
     def describe(self, config: ModelConfig) -> str:
         """Both models in words, for the log."""
@@ -70,22 +72,26 @@ def load_pair(config: TrainConfig, device: torch.device, checkpoint: str | None 
         )
         preflight.check_tokenizer_pair(tokenizer, theirs)
     attention = choose_attention(settings.attn_implementation, device, is_in_16_bits=settings.is_in_16_bits)
+    packing = choose_packing(settings.packing, attention, device, is_in_16_bits=settings.is_in_16_bits)
     student = load_student(config, attention, device, checkpoint)
     teacher = student if settings.is_teacher_base else load_teacher(settings, attention, device)
     preflight.check_vocab_sizes(student, teacher, config)
     preflight.check_token_ids(tokenizer, student, teacher, config)
     with student_autocast(config, device):
         check_output_head(student, "model.student")
+        rows = pack_rows(student, packing, "model.student", or_pad=settings.packing == "auto")
     if settings.is_teacher_base:
-        return ModelPair(student, AdapterFreeTeacher(student), tokenizer, theirs, attention)
+        return ModelPair(student, AdapterFreeTeacher(student), tokenizer, theirs, attention, rows)
     with on_device(teacher.parameters() if settings.teacher_offload else (), device):
         check_output_head(teacher, "model.teacher")
+        teacher_rows = pack_rows(teacher, packing, "model.teacher", or_pad=settings.packing == "auto")
     return ModelPair(
         student,
         OffloadedTeacher(teacher, device) if settings.teacher_offload else teacher,
         tokenizer,
         theirs,
         attention,
+        rows if rows == teacher_rows else f"student {rows}, teacher {teacher_rows}",
     )
 
 

@@ -5,6 +5,7 @@ not repeated when the demo is started again: a stopped distillation goes on from
 starts anew.
 """
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -165,9 +166,7 @@ def measurement_key(demo: RealDemoConfig, teacher_settings: dict) -> dict:
 
 def run_key(config: TrainConfig) -> dict:
     """The training config as JSON values."""
-    fields = asdict(config)
-    fields["optimizer"]["betas"] = list(fields["optimizer"]["betas"])
-    return fields
+    return json.loads(json.dumps(asdict(config)))
 
 
 def prepare_run_folder(config: TrainConfig) -> bool:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from esr_distill.config import TrainConfig
 from esr_distill.metrics import MetricsFile, read_metrics
-from esr_distill.sample_table import SAMPLES_FILE
-from esr_distill.trackers import numbers_of, open_trackers
+from esr_distill.monitoring.sample_table import SAMPLES_FILE
+from esr_distill.monitoring.trackers import numbers_of, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -27,20 +27,26 @@ from esr_distill.checks.first_rollouts import (
 )
 from esr_distill.checks.lengths import context_finding
 from esr_distill.checks.memory import estimate_memory, memory_finding
-from esr_distill.checks.tokens import load_tokenizers, stop_finding, stop_sources, tokenizer_finding
+from esr_distill.checks.tokens import (
+    have_other_widths,
+    load_tokenizers,
+    stop_finding,
+    stop_sources,
+    tokenizer_finding,
+)
 from esr_distill.complete_files import write_json
 from esr_distill.config import TrainConfig
 from esr_distill.distill_loss import make_divergence
-from esr_distill.evaluate_command import check_output
+from esr_distill.evaluation.evaluate_command import check_output
 from esr_distill.exit_status import BAD_INPUT
-from esr_distill.full_length_probe import FullLengthProbe
 from esr_distill.input_error import InputError
 from esr_distill.json_numbers import finite_or_none
 from esr_distill.machine import machine_record
 from esr_distill.models import choose_device
-from esr_distill.prompt_encoder import PromptEncoder
-from esr_distill.prompt_sources import PromptRecord, read_prompts
-from esr_distill.trackers import check_trackers
+from esr_distill.monitoring.full_length_probe import FullLengthProbe
+from esr_distill.monitoring.trackers import check_trackers
+from esr_distill.prompts.prompt_encoder import PromptEncoder
+from esr_distill.prompts.prompt_sources import PromptRecord, read_prompts
 from esr_distill.training_run import TrainingRun, prepare_run
 
 Answer = TypeVar("Answer")
@@ -148,22 +154,18 @@ def first_records(config: TrainConfig) -> list[PromptRecord]:
 
 
 def prepare_leniently(config: TrainConfig, report: CheckReport, console: Console) -> TrainingRun | None:
-    """The run as training prepares it. Prompts that are too long are left out, and where the models' vocabularies are the obstacle
-    they are cut, so that the other questions can be asked; the findings on context and vocabulary tell of both."""
+    """The run as training prepares it, but without prompts that are too long and, where the models' vocabularies are an obstacle,
+    with these cut, so that the other questions can be asked. The findings on context and vocabulary tell of both."""
     lenient = replace(config, data=replace(config.data, long_prompts="drop"))
-    try:
-        return prepare_run(lenient, console)
-    except InputError as error:
-        if config.loss.vocab_size is not None:
-            report.add(Finding("run", "error", str(error), AS_THE_MESSAGE_SAYS))
-            return None
-        reason = str(error)
+    run = report.attempt("run", lambda: prepare_run(lenient, console))
+    if run is not None or config.loss.vocab_size is not None or not have_other_widths(config.model):
+        return run
     known = max(load_tokenizers(config.model)[0].get_vocab().values()) + 1
-    try:
-        return prepare_run(replace(lenient, loss=replace(config.loss, vocab_size=known)), Console(quiet=True))
-    except InputError:
-        report.add(Finding("run", "error", reason, AS_THE_MESSAGE_SAYS))
-        return None
+    cut = replace(lenient, loss=replace(config.loss, vocab_size=known))
+    run = CheckReport().attempt("run", lambda: prepare_run(cut, Console(quiet=True)))
+    if run is not None:
+        report.findings.pop()  # the finding on the vocabulary says it better
+    return run
 
 
 def ask_about_run(

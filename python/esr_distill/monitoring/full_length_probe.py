@@ -20,14 +20,15 @@ from esr_distill.evaluation.scorers import SCORERS, expected_answer
 from esr_distill.hidden_states import last_hidden_states
 from esr_distill.input_error import InputError
 from esr_distill.metrics import by_position, mean_or_none
-from esr_distill.position_bins import count_by_position
+from esr_distill.monitoring.position_bins import count_by_position
 from esr_distill.prefix_positions import select_prefix_positions
 from esr_distill.prompts import PromptBatch, PromptSet, PromptStream, pad_prompts
-from esr_distill.teacher_prompts import teacher_hidden_states
 from esr_distill.rollout import RolloutBackend, RolloutBatch, RolloutRequest
 from esr_distill.rollout.choose_backend import make_backend
 from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.score_positions import score_positions
+from esr_distill.step_parts import rows_of
+from esr_distill.teacher_prompts import teacher_hidden_states
 from esr_distill.training_run import TrainingRun
 from esr_kernels import DivergenceOutput
 
@@ -121,7 +122,7 @@ class FullLengthProbe:
         self, run: TrainingRun, prompts: PromptBatch, rollouts: RolloutBatch, row: int
     ) -> tuple[DivergenceOutput, Tensor]:
         """The training divergence at every token of one answer, and the tokens' positions. One by one: answers are long."""
-        rollouts, prompts = one_row(rollouts, prompts, row)
+        prompts, rollouts = rows_of(prompts, rollouts, slice(row, row + 1))
         with run.autocast():
             student_hidden_1_T_D = last_hidden_states(run.student, rollouts)
         teacher_hidden_1_T_E = teacher_hidden_states(run.teacher, rollouts, prompts)
@@ -151,33 +152,6 @@ def choose_prompts(prompts: PromptSet | PromptStream, settings: MonitoringConfig
         where = "data.stream_prompts" if is_stream else "the number of prompts"
         raise InputError(f"monitoring.probe_prompts must be at most {available}, {where}, got {settings.probe_prompts}")
     return prompts.at_turns(range(settings.probe_prompts), settings.probe_seed)
-
-
-def one_row(rollouts: RolloutBatch, prompts: PromptBatch, row: int) -> tuple[RolloutBatch, PromptBatch]:
-    """One rollout with its prompt, without the columns after its end."""
-    rows, length = slice(row, row + 1), int(rollouts.response_lengths_B[row])
-    end = rollouts.prompt_width + length
-
-    def prompt_row(batch: PromptBatch) -> PromptBatch:
-        return replace(
-            batch,
-            prompt_ids_B_P=batch.prompt_ids_B_P[rows],
-            prompt_mask_B_P=batch.prompt_mask_B_P[rows],
-            request_ids_B=batch.request_ids_B[rows],
-            teacher_prompts=None if batch.teacher_prompts is None else prompt_row(batch.teacher_prompts),
-            columns_B=None if batch.columns_B is None else batch.columns_B[rows],
-        )
-
-    one = replace(
-        rollouts,
-        token_ids_B_T=rollouts.token_ids_B_T[rows, :end],
-        attention_mask_B_T=rollouts.attention_mask_B_T[rows, :end],
-        response_lengths_B=rollouts.response_lengths_B[rows],
-        stopped_by_eos_B=rollouts.stopped_by_eos_B[rows],
-        logprobs_B_K=rollouts.logprobs_B_K[rows, :length],
-        sampling_logprobs_B_K=rollouts.sampling_logprobs_B_K[rows, :length],
-    )
-    return one, prompt_row(prompts)
 
 
 def describe_probe(record: dict, step: int) -> str:

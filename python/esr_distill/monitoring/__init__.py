@@ -1,0 +1,1 @@
+"""What is shown and recorded while a run goes on; nothing here changes it."""

@@ -1,0 +1,243 @@
+"""What the tests of several processes run in each process: started by torchrun, or by itself as one process for comparison.
+
+python process_scenarios.py FOLDER SCENARIO...
+
+Every process writes FOLDER/<scenario>-<rank>-of-<processes>.pt.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from tiny_models import make_model, save_pair, write_prompts
+
+import esr_distill.train as train_module
+from esr_distill.config import (
+    DataConfig,
+    DevicesConfig,
+    EvaluationConfig,
+    LoraSettings,
+    LossConfig,
+    ModelConfig,
+    MonitoringConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+    SelectionConfig,
+    SelectionRule,
+    TrainConfig,
+)
+from esr_distill.devices import Devices
+from esr_distill.devices.launcher import join_processes, leave_processes
+from esr_distill.rollout.rollout_batch import RolloutBatch
+from esr_distill.train import train
+from esr_distill.train_step import train_step
+from esr_distill.training_run import TrainingRun, prepare_run
+
+QUIET = Console(quiet=True)
+HIGHEST = SelectionRule("top", score="divergence", tokens=3)
+SURE = SelectionRule("threshold", score="teacher_entropy", at_most=1.5)
+# name: normaliser, its denominator, rules
+LOSSES: dict[str, tuple] = {
+    "token_mean": ("token_mean", None, []),
+    "sequence_mean": ("sequence_mean", None, []),
+    "sum": ("sum", None, []),
+    "fixed": ("fixed", 7.5, []),
+    "token_mean of the highest": ("token_mean", None, [HIGHEST]),
+    "token_mean of the sure": ("token_mean", None, [SURE]),
+    "sequence_mean of the highest": ("sequence_mean", None, [HIGHEST]),
+}
+
+
+def make_folder(folder: Path) -> None:
+    save_pair(folder)
+    write_prompts(folder / "prompts.jsonl", count=20)
+    tied = folder / "tied"
+    make_model(3, tie_word_embeddings=True).save_pretrained(tied)
+    for file in (folder / "student").glob("token*"):
+        (tied / file.name).write_bytes(file.read_bytes())
+
+
+def small_config(folder: Path, name: str, steps: int = 4, **groups) -> TrainConfig:
+    defaults = {
+        "rollout": RolloutConfig(horizon=9, batch_size=8, sampling_temperature=1.0, top_p=1.0),
+        "optimizer": OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e6),
+        "run": RunConfig(output_dir=str(folder / name), steps=steps, save_every=100, keep_checkpoints=9),
+        "model": ModelConfig(str(folder / "student"), str(folder / "teacher"), device="cpu"),
+        "data": DataConfig(str(folder / "prompts.jsonl"), chat_template=False),
+    }
+    return TrainConfig(**(defaults | groups))
+
+
+class DrawnInFloat32:
+    """The backend for a model in float64, whose weights are those of a float32 one."""
+
+    def __init__(self, backend) -> None:
+        self.backend = backend
+
+    def generate(self, model, prompts, request) -> RolloutBatch:
+        rollouts = self.backend.generate(model.float(), prompts, request)
+        model.double()
+        return rollouts
+
+
+def gradients_of(run: TrainingRun, step: int = 0) -> dict:
+    """The step's metrics, and the gradients that the optimizer is given; the weights stay as they are.
+
+    In float64, so that nothing but a wrong divisor can tell one order of summation from another.
+    """
+    run.rollouts = DrawnInFloat32(run.rollouts)
+    run.student.double()
+    run.teacher.double()
+    seen: list[torch.Tensor] = []
+    run.optimizer.step = lambda: seen.extend(p.grad.clone() for p in run.student.parameters())
+    return {"record": train_step(run, step), "gradients": seen}
+
+
+def losses(folder: Path, devices: Devices) -> dict:
+    """Gradients of one step for every normaliser, without and with accumulation."""
+    found = {}
+    for name, (normalizer, denominator, rules) in LOSSES.items():
+        for parts in (1, 2, 4) if name == "token_mean of the highest" else (1, 2):
+            config = small_config(
+                folder,
+                "unused",
+                loss=LossConfig(normalizer=normalizer, denominator=denominator),
+                selection=SelectionConfig(rules=list(rules)),
+                optimizer=OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e6, accumulation_steps=parts),
+            )
+            found[name, parts] = gradients_of(prepare_run(config, QUIET, devices=devices))
+    return found
+
+
+class UnfinishedBehind:
+    """A backend whose rollouts from request 4 on are never finished, wherever they are drawn."""
+
+    def __init__(self, backend) -> None:
+        self.backend = backend
+
+    def generate(self, model, prompts, request) -> RolloutBatch:
+        rollouts = self.backend.generate(model, prompts, request)
+        return replace(rollouts, stopped_by_eos_B=prompts.request_ids_B < 4)
+
+
+def empty(folder: Path, devices: Devices) -> dict:
+    """A step in which the second half of the rollouts, and so the second process, has no token to train."""
+    config = small_config(
+        folder,
+        "unused",
+        selection=SelectionConfig(rules=[SelectionRule("finished")]),
+        loss=LossConfig(normalizer="token_mean"),
+    )
+    run = prepare_run(config, QUIET, devices=devices)
+    run.rollouts = UnfinishedBehind(run.rollouts)
+    return gradients_of(run)
+
+
+def whole_run(folder: Path, devices: Devices) -> dict:
+    """A run without interruption, and one that is stopped by a signal to the last process in step 2 and goes on."""
+    config = small_config(folder, f"whole-{devices.world_size}")
+    train(config, QUIET)
+    if devices.world_size == 1:
+        return {}
+    halted = small_config(folder, "halted")
+    original = train_module.train_step
+
+    def signalled(run, step, *rest):
+        if step == 1 and devices.rank == devices.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, step, *rest)
+
+    train_module.train_step = signalled
+    first = train(halted, QUIET)
+    train_module.train_step = original
+    stopped_with = [folder.name for folder in sorted(Path(halted.run.output_dir).glob("checkpoint-*"))]
+    second = train(halted, QUIET, resume=True)
+    return {"first": first, "stopped_with": stopped_with, "second": second}
+
+
+def adapter(folder: Path, devices: Devices) -> dict:
+    """An adapter with dropout: a whole run, and one that is made of two; and the masks that each process drew."""
+    lora = LoraSettings(use_peft=True, lora_r=2, lora_alpha=4, lora_dropout=0.5)
+    model = ModelConfig(str(folder / "student"), "self", device="cpu", lora=lora)
+    steady = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_fraction=0.0)
+    whole, halted = (
+        small_config(folder, f"adapter-{name}-{devices.world_size}", model=model, optimizer=steady)
+        for name in ("whole", "halted")
+    )
+    train(whole, QUIET)
+    state = torch.get_rng_state()
+    train(replace(halted, run=replace(halted.run, steps=2)), QUIET)
+    train(halted, QUIET, resume=True)
+    return {"state": state, "resumed_state": torch.get_rng_state()}
+
+
+def sharded(folder: Path, devices: Devices) -> dict:
+    """Runs of three steps with weights in shards: stopped after two, and gone on with."""
+    for shard, student in (("student", "student"), ("both", "tied")):
+        model = ModelConfig(str(folder / student), str(folder / "teacher"), device="cpu")
+        is_several = devices.world_size > 1
+        config = small_config(
+            folder,
+            f"sharded-{shard}-{devices.world_size}",
+            3,
+            model=replace(model, gradient_checkpointing=shard == "both"),
+            optimizer=OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.1, accumulation_steps=2),
+            devices=DevicesConfig(shard=shard if is_several else "none"),
+            evaluation=EvaluationConfig(str(folder / "prompts.jsonl"), every=1, max_tokens=4, limit=6),
+            monitoring=MonitoringConfig(probe_every=2, probe_prompts=3, probe_tokens=12, samples_every=1, samples=8),
+            loss=LossConfig(normalizer="token_mean"),
+        )
+        if is_several:
+            original = train_module.train_step
+
+            def signalled(run, step, *rest, original=original):
+                if step == 1 and devices.is_main:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return original(run, step, *rest)
+
+            train_module.train_step = signalled
+            assert train(config, QUIET).step == 2
+            train_module.train_step = original
+            train(config, QUIET, resume=True)
+        else:
+            train(config, QUIET)
+    return {}
+
+
+def dies(folder: Path, devices: Devices) -> dict:
+    """The last process ends without a word in step 2."""
+    original = train_module.train_step
+
+    def dying(run, step, *rest):
+        if step == 1 and devices.rank == devices.world_size - 1:
+            os._exit(9)
+        return original(run, step, *rest)
+
+    train_module.train_step = dying
+    train(small_config(folder, "dies"), QUIET)
+    return {}
+
+
+SCENARIOS: dict[str, Callable[[Path, Devices], dict]] = {
+    scenario.__name__: scenario for scenario in (losses, empty, whole_run, adapter, sharded, dies)
+}
+
+
+def run_scenarios(folder: Path, names: list[str]) -> None:
+    devices = join_processes(small_config(folder, "unused"))
+    for name in names:
+        found = SCENARIOS[name](folder, devices)
+        torch.save(found, folder / f"{name}-{devices.rank}-of-{devices.world_size}.pt")
+        devices.barrier()
+    leave_processes()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_scenarios(Path(sys.argv[1]), sys.argv[2:])
