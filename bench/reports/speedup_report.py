@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from bench.floor import STAGES
+from bench.reports.floor_report import CAPTION as FLOOR_CAPTION
+from bench.reports.floor_report import floor_shares_table
 from bench.reports.markdown_tables import markdown
 from bench.reports.row_keys import groups
 from bench.steps.implementations import COMPILED, EAGER, OURS, TRL
@@ -22,7 +24,7 @@ from esr_distill.complete_files import complete_file
 
 NOT_MEASURED = "not measured"
 SMOKE = "smoke run: no figure here means anything"
-ROWS_TABLE, SPEEDUP_TABLE = "esr-speedup-rows", "esr-speedup"
+ROWS_TABLE, SPEEDUP_TABLE, FLOOR_TABLE = "esr-speedup-rows", "esr-speedup", "esr-speedup-floor"
 STAGE_NAMES = {stage: stage.replace("_", " ") for stage in STAGES}
 ROW_HEADINGS = (
     "pair",
@@ -59,11 +61,14 @@ OURS_AGAINST = {
 
 
 def tables(results: dict) -> dict[str, str]:
-    """Markdown by the name of its block: every row, and the speed-ups, each with a line that says what it shows."""
-    return {
+    """Markdown by the name of its block: every row, the speed-ups, and what part of the floor is reached where ours was timed,
+    each with a line that says what it shows."""
+    found = {
         ROWS_TABLE: f"{rows_caption(results)}\n\n{rows_table(results['rows'])}",
         SPEEDUP_TABLE: f"{speedup_caption(results)}\n\n{speedup_table(results['rows'])}",
     }
+    reached = floor_shares_table(results)
+    return found | ({FLOOR_TABLE: f"{FLOOR_CAPTION}\n\n{reached}"} if reached else {})
 
 
 def rows_caption(results: dict) -> str:

@@ -83,13 +83,15 @@ def test_every_row_of_a_smoke_run(smoke):
 
 def test_report_of_a_smoke_run(bench, smoke, tmp_path):
     report = bench("reports.speedup_report")
-    rows, ratios = report.tables(smoke).values()
+    rows, ratios, reached = report.tables(smoke).values()
     assert "no figure here means anything" in rows and "weights and AdamW's moments in float32" in rows
     timed = [row for row in smoke["rows"] if row["status"] == "timed"]
     assert rows.count("| tiny<-tiny-teacher |") == 6 and ratios.count("| tiny<-tiny-teacher |") == len(timed)
     for path in report.write_figures(smoke, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["esr_speedup-horizon.png", "esr_speedup-stages.png"]
+    lines = [line for line in reached.splitlines() if line.startswith("| tiny")]
+    assert len(lines) == 2 and lines[0].count("%") == 7  # six stages and the step
 
 
 def row(name, horizon, step_s, status="timed"):
