@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from tiny_models import make_model, save_pair, write_prompts
+from tiny_models import make_model, make_rollouts, save_pair, write_prompts
+from transformers import Gemma2Config, GPT2Config, Qwen2Config
 
 import esr_distill.train as train_module
 from esr_distill.config import (
@@ -34,6 +35,9 @@ from esr_distill.config import (
 )
 from esr_distill.devices import Devices
 from esr_distill.devices.launcher import join_processes, leave_processes
+from esr_distill.devices.sharding import WholeCopy, shard_model, whole, whole_head
+from esr_distill.hidden_states import last_hidden_states, output_head
+from esr_distill.models.train_mode import switch_off_dropout
 from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_distill.train import train
 from esr_distill.train_step import train_step
@@ -50,7 +54,14 @@ LOSSES: dict[str, tuple] = {
     "fixed": ("fixed", 7.5, []),
     "token_mean of the highest": ("token_mean", None, [HIGHEST]),
     "token_mean of the sure": ("token_mean", None, [SURE]),
+    "fixed of the sure": ("fixed", 7.5, [SURE]),
     "sequence_mean of the highest": ("sequence_mean", None, [HIGHEST]),
+}
+# Biases; soft caps; a tied head, and matrices that are stored the other way round.
+BODIES = {
+    "qwen2": (Qwen2Config, {}),
+    "gemma2": (Gemma2Config, {"final_logit_softcapping": 2.0, "sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "gpt2": (GPT2Config, {"tie_word_embeddings": True, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
 }
 
 
@@ -187,7 +198,12 @@ def sharded(folder: Path, devices: Devices) -> dict:
             f"sharded-{shard}-{devices.world_size}",
             3,
             model=replace(model, gradient_checkpointing=shard == "both"),
-            optimizer=OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.1, accumulation_steps=2),
+            optimizer=OptimizerConfig(
+                learning_rate=1e-3, max_grad_norm=0.1, accumulation_steps=2 if shard == "student" else 1
+            ),
+            rollout=RolloutConfig(
+                horizon=9, batch_size=8, sampling_temperature=1.0, top_p=1.0, overlap_teacher=shard == "both"
+            ),
             devices=DevicesConfig(shard=shard if is_several else "none"),
             evaluation=EvaluationConfig(str(folder / "prompts.jsonl"), every=1, max_tokens=4, limit=6),
             monitoring=MonitoringConfig(probe_every=2, probe_prompts=3, probe_tokens=12, samples_every=1, samples=8),
@@ -210,6 +226,36 @@ def sharded(folder: Path, devices: Devices) -> dict:
     return {}
 
 
+def sharded_bodies(folder: Path, devices: Devices) -> dict:
+    """Gradients in shards of models that are built differently, each process with rollouts of its own, and those of all
+    rollouts in the whole model; and whether a whole copy of the shards is that model."""
+    found = {}
+    prompts, responses = [[3], [4, 5], [6, 7, 8, 9], [11]], [[12, 2], [13, 14, 15], [16], [17, 18, 3, 2]]
+
+    def gradients(model, rows: slice) -> dict:
+        rollouts = make_rollouts(prompts[rows], responses[rows])
+        logits_B_T_V = whole_head(output_head(model)).logits(last_hidden_states(model, rollouts))
+        (logits_B_T_V.log_softmax(-1)[..., 5] * rollouts.attention_mask_B_T).sum().backward()
+        return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+    if devices.world_size == 1:
+        return found
+    for name, (config_class, fields) in BODIES.items():
+        plain, shards = (make_model(0, config_class, **fields) for _ in range(2))
+        for model in (plain, shards):
+            switch_off_dropout(model)
+            model.eval()
+        copy = WholeCopy(shards)
+        shard_model(shards, devices, "model.student")
+        rows = slice(2 * devices.rank, 2 * devices.rank + 2)
+        found[name] = {"shards": gradients(shards, rows), "plain": gradients(plain, slice(0, 4))}
+        with copy.weights() as model:
+            pairs = zip(model.state_dict().items(), plain.state_dict().items(), strict=True)
+            found[name]["is_copy"] = all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
+        found[name]["is_empty"] = all(parameter.numel() == 0 for parameter in model.parameters())
+    return found
+
+
 def dies(folder: Path, devices: Devices) -> dict:
     """The last process ends without a word in step 2."""
     original = train_module.train_step
@@ -225,7 +271,7 @@ def dies(folder: Path, devices: Devices) -> dict:
 
 
 SCENARIOS: dict[str, Callable[[Path, Devices], dict]] = {
-    scenario.__name__: scenario for scenario in (losses, empty, whole_run, adapter, sharded, dies)
+    scenario.__name__: scenario for scenario in (losses, empty, whole_run, adapter, sharded, sharded_bodies, dies)
 }
 
 

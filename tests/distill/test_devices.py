@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_scenarios import LOSSES, make_folder, run_scenarios, small_config
+from process_scenarios import BODIES, LOSSES, make_folder, run_scenarios, small_config
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -22,6 +22,7 @@ from esr_distill.train import train
 
 HERE = Path(__file__).parent
 EXACT = 1e-12  # of float64 gradients, whose sums are taken in another order
+ROUNDED = 1e-6  # where they are scaled elsewhere: the norms of transformers' layers compute in float32
 
 
 def free_port() -> str:
@@ -39,14 +40,14 @@ def folder(tmp_path_factory) -> Path:
     """What the scenarios left, in one process and in two."""
     folder = tmp_path_factory.mktemp("devices")
     make_folder(folder)
-    names = ["losses", "empty", "whole_run", "sharded"]
+    names = ["losses", "empty", "whole_run", "sharded", "sharded_bodies"]
     try:
         import peft  # noqa: F401
 
         names.append("adapter")
     except ImportError:
         pass
-    arguments = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    arguments = ["--standalone", "--nproc_per_node", "2"]
     several = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *arguments, HERE / "process_scenarios.py", folder, *names],
         env=process_environment(),
@@ -54,8 +55,11 @@ def folder(tmp_path_factory) -> Path:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    run_scenarios(folder, names)
-    output, _ = several.communicate(timeout=240)
+    try:
+        run_scenarios(folder, names)
+        output, _ = several.communicate(timeout=240)
+    finally:
+        several.terminate()
     assert several.returncode == 0, output[-6000:]
     return folder
 
@@ -96,6 +100,22 @@ def test_each_normaliser_divides_by_what_the_whole_step_has(folder):
             assert step["sum", parts]["record"]["loss"] == pytest.approx(total / 8, rel=1e-9)
             few = step["token_mean of the highest", parts]["record"]
             assert few["trained_tokens"] == 8 * 3 < few["scored_tokens"]
+
+
+def test_gradients_are_divided_by_what_is_kept(folder):
+    """Every rollout keeps three tokens, so the mean over tokens is that over rollouts; and `fixed` divides by 7.5."""
+    for step in (found(folder, "losses", 0, 1), found(folder, "losses", 0, 2)):
+        for parts in (1, 2):
+            of_tokens, of_rollouts = (
+                step[f"{name} of the highest", parts]["gradients"] for name in ("token_mean", "sequence_mean")
+            )
+            for gradient, wanted in zip(of_tokens, of_rollouts, strict=True):
+                assert (gradient - wanted).norm() <= ROUNDED * wanted.norm()
+            kept = step["token_mean of the sure", parts]["record"]["trained_tokens"]
+            assert 0 < kept < step["token_mean of the sure", parts]["record"]["scored_tokens"]
+            of_tokens, fixed = (step[f"{name} of the sure", parts]["gradients"] for name in ("token_mean", "fixed"))
+            for gradient, wanted in zip(of_tokens, fixed, strict=True):
+                assert (gradient * kept - wanted * 7.5).norm() <= ROUNDED * (wanted * 7.5).norm()
 
 
 def test_every_process_has_the_same_gradients_and_the_metrics_of_all(folder):
@@ -148,7 +168,8 @@ def test_dropout_differs_by_process_and_goes_on_exactly(folder):
 
 @pytest.mark.parametrize("shard", ["student", "both"])
 def test_shards_train_the_student_of_one_process(folder, shard):
-    """`both` has a tied head, and layers that are computed again. The sharded run was stopped after step 2 and went on."""
+    """`both` has a tied head, layers that are computed again, and a teacher that reads prompts early; `student` has two
+    parts. The sharded run was stopped after step 2 and went on."""
     one, two = folder / f"sharded-{shard}-1", folder / f"sharded-{shard}-2"
     assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
     for kind in ("evaluation", "probe"):
@@ -160,6 +181,17 @@ def test_shards_train_the_student_of_one_process(folder, shard):
     samples = [(run / "samples.jsonl").read_text().splitlines() for run in (one, two)]
     texts = [[(json.loads(line)["prompt"], json.loads(line)["rollout"]) for line in lines] for lines in samples]
     assert texts[0] == texts[1] and len(texts[0]) == 3 * 8
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_bodies_of_many_kinds_in_shards(folder, body):
+    for rank in (0, 1):
+        result = found(folder, "sharded_bodies", rank, 2)[body]
+        assert result["is_copy"] and result["is_empty"]
+        scale = max(gradient.norm() for gradient in result["plain"].values())
+        for name, wanted in result["plain"].items():
+            # a bias of keys has no gradient but rounding
+            assert (result["shards"][name] - wanted).norm() <= 2e-6 * max(wanted.norm(), 1e-3 * scale), name
 
 
 @pytest.mark.parametrize("shard", ["student", "both"])

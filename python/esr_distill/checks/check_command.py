@@ -35,7 +35,7 @@ from esr_distill.checks.tokens import (
     tokenizer_finding,
 )
 from esr_distill.complete_files import write_json
-from esr_distill.config import TrainConfig
+from esr_distill.config import DevicesConfig, TrainConfig
 from esr_distill.distill_loss import make_divergence
 from esr_distill.evaluation.evaluate_command import check_output
 from esr_distill.exit_status import BAD_INPUT
@@ -156,7 +156,8 @@ def first_records(config: TrainConfig) -> list[PromptRecord]:
 def prepare_leniently(config: TrainConfig, report: CheckReport, console: Console) -> TrainingRun | None:
     """The run as training prepares it, but without prompts that are too long and, where the models' vocabularies are an obstacle,
     with these cut, so that the other questions can be asked. The findings on context and vocabulary tell of both."""
-    lenient = replace(config, data=replace(config.data, long_prompts="drop"))
+    # A check is one process, whatever the run will be.
+    lenient = replace(config, data=replace(config.data, long_prompts="drop"), devices=DevicesConfig())
     run = report.attempt("run", lambda: prepare_run(lenient, console))
     if run is not None or config.loss.vocab_size is not None or not have_other_widths(config.model):
         return run
