@@ -153,7 +153,11 @@ def test_heavy_import_is_found(tmp_path):
         ("python/esr_distill/a.py", "import esr_kernels.impl", "public names only"),
         ("python/esr_distill/a.py", "from esr_kernels import checks", "public names only"),
         ("python/esr_distill/a.py", "import triton", "the loop has no kernels"),
-        ("python/esr_distill/prompts/__init__.py", "from esr_distill.rollout.generate import f", "share types, not functions"),
+        (
+            "python/esr_distill/prompts/__init__.py",
+            "from esr_distill.rollout.generate import f",
+            "share types, not functions",
+        ),
         ("python/esr_distill/rollout/a.py", "from ..hidden_states import f", "share types, not functions"),
     ],
 )
