@@ -11,6 +11,7 @@ from bench.floor import StepSetting
 from bench.rollout_models import SHAPES, make_model
 from esr_distill import preflight
 from esr_distill.config import DataConfig, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, TrainConfig
+from esr_distill.devices import Devices
 from esr_distill.distill_loss import choose_impl, make_divergence
 from esr_distill.input_error import InputError
 from esr_distill.models import StopIds
@@ -120,6 +121,7 @@ def make_run(pair: Pair, setting: StepSetting, *, compile_step: bool = False) ->
         student=pair.student,
         teacher=pair.teacher,
         tokenizer=None,  # a step has ids already
+        devices=Devices(device),
         stop=stop,
         prompts=random_prompts(pair.student, setting),
         divergence=make_divergence(config.loss),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import esr_distill.step_parts
 import esr_distill.train_step
 from esr_distill.input_error import InputError
 from esr_distill.metrics import StageClock
@@ -192,12 +193,12 @@ def test_the_gate_leaves_the_student_alone(bench, pair, setting_of):
     ],
 )
 def test_a_perturbed_step_is_refused_and_not_timed(rows_of, monkeypatch, perturb, message):
-    normalize = esr_distill.train_step.normalize_divergence
+    normalize = esr_distill.step_parts.normalize_divergence
 
-    def perturbed(divergence_N, *arguments):
-        return perturb(normalize(divergence_N, *arguments), divergence_N)
+    def perturbed(divergence_N, *arguments, **options):
+        return perturb(normalize(divergence_N, *arguments, **options), divergence_N)
 
-    monkeypatch.setattr(esr_distill.train_step, "normalize_divergence", perturbed)
+    monkeypatch.setattr(esr_distill.step_parts, "normalize_divergence", perturbed)
     monkeypatch.setattr(esr_distill.train_step, "check_finite", lambda *_: None)
     rows = rows_of(["ours", EAGER])
     refused = rows["ours"]
