@@ -1,6 +1,7 @@
 """A training config from flags and YAML, to YAML, and back from the file that a run left."""
 
-from dataclasses import asdict, replace
+import sys
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from esr_distill.complete_files import write_text
 from esr_distill.config import TrainConfig
 from esr_distill.input_error import InputError
 from esr_distill.presets import PRESETS
+from esr_distill.trl_names import TRL_NAMES, translated
 
 CONFIG_FILE = "config.yaml"
 
@@ -26,16 +28,34 @@ def train_parser() -> ArgumentParser:
         "--preset", type=Literal[tuple(PRESETS)] | None, default=None, help="A published method; all other options win."
     )
     parser.add_class_arguments(TrainConfig, None)
+    group = parser.add_argument_group("TRL's names of options, where they mean the same")
+    for name, trl_name in TRL_NAMES.items():
+        group.add_argument(
+            f"--{name}",
+            type=trl_name.type | None,
+            default=None,
+            help=f"becomes {trl_name.becomes}",
+        )
     return parser
 
 
 def parse_train_options(arguments: list[str]) -> TrainConfig:
-    """The config that file and flags give, on top of the preset that they name."""
+    """The config that file and flags give, by our names or TRL's, on top of the preset that they name.
+
+    Raises:
+        InputError: an option by both names; a group that is no group; a value out of its range.
+    """
     parser = train_parser()
     options = parser.parse_args(arguments)
-    if options.preset is not None:
-        given = parser.parse_args(arguments, defaults=False)
-        parser.set_defaults({name: value for name, value in PRESETS[options.preset].items() if name not in given})
+    given = parser.parse_args(arguments, defaults=False)
+    of_trl = {name: options[name] for name in TRL_NAMES if options[name] is not None}
+    theirs, messages = translated(of_trl, lambda option: option in given)
+    for message in messages:
+        print(f"esr-distill: {message}", file=sys.stderr)
+    preset = PRESETS[options.preset] if options.preset is not None else {}
+    defaults = {name: value for name, value in preset.items() if name not in given} | theirs
+    if defaults:
+        parser.set_defaults(defaults)
         options = parser.parse_args(arguments)
     return read_config(options, parser)
 
@@ -73,6 +93,18 @@ def load_saved_config(output_dir: Path) -> TrainConfig:
 def save_config(config: TrainConfig, output_dir: Path) -> None:
     """Write the resolved config, every field with its value, beside the checkpoints."""
     write_text(output_dir / CONFIG_FILE, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+
+
+def changed_options(config: object, prefix: str = "") -> list[str]:
+    """ "group.option: value" of every option that has not its default; the rest of the resolved config is in config.yaml."""
+    lines = []
+    for field in fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if is_dataclass(value):
+            lines += changed_options(value, f"{name}.")
+        elif value != (field.default if field.default_factory is MISSING else field.default_factory()):
+            lines.append(f"{name}: {_plain(asdict(value) if is_dataclass(value) else value)}")
+    return lines
 
 
 def _plain(value: object) -> object:

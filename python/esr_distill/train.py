@@ -23,7 +23,7 @@ from esr_distill.checkpoint import (
     save_checkpoint,
 )
 from esr_distill.config import TrainConfig
-from esr_distill.config_file import save_config
+from esr_distill.config_file import CONFIG_FILE, changed_options, save_config
 from esr_distill.devices.follower_log import open_log
 from esr_distill.devices.launcher import join_processes
 from esr_distill.horizon_schedule import HorizonSchedule
@@ -96,6 +96,8 @@ def train(config: TrainConfig, console: Console, *, resume: bool = False) -> Tra
             raise InputError(
                 f"run.output_dir must be a folder that can be written, got {str(output_dir)!r} ({error.strerror})"
             ) from None
+        console.print(f"options without their defaults (all of them in {output_dir / CONFIG_FILE}):")
+        console.print("\n".join(f"  {line}" for line in changed_options(config)), highlight=False, markup=False)
         log.start_anew()
         state = TrainerState(step=0, train_seconds=0.0)
     else:

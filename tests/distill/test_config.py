@@ -13,6 +13,7 @@ from esr_distill import config as config_module
 from esr_distill.config import (
     DataConfig,
     EvaluationConfig,
+    LoraSettings,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -20,7 +21,7 @@ from esr_distill.config import (
     RunConfig,
     TrainConfig,
 )
-from esr_distill.config_file import load_saved_config, read_config, save_config, train_parser
+from esr_distill.config_file import changed_options, load_saved_config, read_config, save_config, train_parser
 from esr_distill.demo.settings import DemoConfig
 from esr_distill.input_error import InputError
 from esr_distill.real_demo.settings import RealDemoConfig
@@ -30,7 +31,7 @@ REQUIRED = ["--model.student", "s", "--model.teacher", "t", "--data.prompts", "p
 
 
 def make_config(**groups) -> TrainConfig:
-    return TrainConfig(model=ModelConfig("s", "t"), data=DataConfig("p.jsonl"), **groups)
+    return TrainConfig(**({"model": ModelConfig("s", "t"), "data": DataConfig("p.jsonl")} | groups))
 
 
 @functools.cache
@@ -162,6 +163,20 @@ def test_a_group_without_options_is_refused(tmp_path, text):
     file.write_text(f"run:\n  steps: 3\n{text}\n")
     with pytest.raises(InputError, match="loss must be a group of options, got (None|4)"):
         parse(["--config", str(file), *REQUIRED])
+
+
+def test_options_without_their_defaults_are_told():
+    config = make_config(
+        rollout=RolloutConfig(horizon=33), model=ModelConfig("s", "t", lora=LoraSettings(use_peft=True, lora_r=8))
+    )
+    assert changed_options(config) == [
+        "model.student: s",
+        "model.teacher: t",
+        "model.lora.use_peft: True",
+        "model.lora.lora_r: 8",
+        "data.prompts: p.jsonl",
+        "rollout.horizon: 33",
+    ]
 
 
 def test_a_saved_config_comes_back_equal(tmp_path):
