@@ -79,8 +79,9 @@ def run_train(options: Namespace, argv: list[str]) -> int:
     from esr_distill.train import train
 
     result = train(config, make_console(), resume=options.resume is not None)
-    leave_processes()
-    return 0 if result.finished else INTERRUPTED
+    status = 0 if result.finished else INTERRUPTED
+    leave_processes(status)
+    return status
 
 
 def run_check(options: Namespace, argv: list[str]) -> int:

@@ -140,7 +140,7 @@ def prepare_run(
         console.print(f"{devices.world_size} processes, devices.shard {config.devices.shard}")
     if config.devices.shard != "none":
         whole_copy = WholeCopy(student)
-        shard_model(student, devices, "model.student")
+        shard_model(student, devices, "model.student", reshard_after_forward=config.devices.reshard_after_forward)
     if config.devices.shard == "both":
         shard_model(teacher, devices, "model.teacher")
     optimizer, scheduler = make_optimizer(student, config.optimizer, config.run.steps)

@@ -190,21 +190,25 @@ def adapter(folder: Path, devices: Devices) -> dict:
 
 def sharded(folder: Path, devices: Devices) -> dict:
     """Runs of three steps with weights in shards: stopped after two, and gone on with."""
-    for shard, student in (("student", "student"), ("both", "tied")):
+    for name, shard, student in (
+        ("student", "student", "student"),
+        ("both", "both", "tied"),
+        ("kept", "student", "tied"),
+    ):
         model = ModelConfig(str(folder / student), str(folder / "teacher"), device="cpu")
         is_several = devices.world_size > 1
         config = small_config(
             folder,
-            f"sharded-{shard}-{devices.world_size}",
+            f"sharded-{name}-{devices.world_size}",
             3,
             model=replace(model, gradient_checkpointing=shard == "both"),
             optimizer=OptimizerConfig(
-                learning_rate=1e-3, max_grad_norm=0.1, accumulation_steps=2 if shard == "student" else 1
+                learning_rate=1e-3, max_grad_norm=0.1, accumulation_steps=2 if name == "student" else 1
             ),
             rollout=RolloutConfig(
                 horizon=9, batch_size=8, sampling_temperature=1.0, top_p=1.0, overlap_teacher=shard == "both"
             ),
-            devices=DevicesConfig(shard=shard if is_several else "none"),
+            devices=DevicesConfig(shard, reshard_after_forward=name != "kept") if is_several else DevicesConfig(),
             evaluation=EvaluationConfig(str(folder / "prompts.jsonl"), every=1, max_tokens=4, limit=6),
             monitoring=MonitoringConfig(probe_every=2, probe_prompts=3, probe_tokens=12, samples_every=1, samples=8),
             loss=LossConfig(normalizer="token_mean"),
@@ -281,7 +285,7 @@ def run_scenarios(folder: Path, names: list[str]) -> None:
         found = SCENARIOS[name](folder, devices)
         torch.save(found, folder / f"{name}-{devices.rank}-of-{devices.world_size}.pt")
         devices.barrier()
-    leave_processes()
+    leave_processes(0)
 
 
 if __name__ == "__main__":

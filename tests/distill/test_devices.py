@@ -166,7 +166,7 @@ def test_dropout_differs_by_process_and_goes_on_exactly(folder):
     assert losses_of(folder / "adapter-halted-2") == losses
 
 
-@pytest.mark.parametrize("shard", ["student", "both"])
+@pytest.mark.parametrize("shard", ["student", "both", "kept"])
 def test_shards_train_the_student_of_one_process(folder, shard):
     """`both` has a tied head, layers that are computed again, and a teacher that reads prompts early; `student` has two
     parts. The sharded run was stopped after step 2 and went on."""
@@ -194,7 +194,7 @@ def test_bodies_of_many_kinds_in_shards(folder, body):
             assert (result["shards"][name] - wanted).norm() <= 2e-6 * max(wanted.norm(), 1e-3 * scale), name
 
 
-@pytest.mark.parametrize("shard", ["student", "both"])
+@pytest.mark.parametrize("shard", ["student", "both", "kept"])
 def test_a_checkpoint_of_shards_is_one_of_a_single_process(folder, shard):
     one, two = (folder / f"sharded-{shard}-{count}" / "checkpoint-000003" for count in (1, 2))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}

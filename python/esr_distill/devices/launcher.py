@@ -1,6 +1,7 @@
 """Join the processes that `torchrun` or `accelerate launch` started: both say in the environment who is who."""
 
 import os
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -59,10 +60,18 @@ def join_processes(config: TrainConfig, environment: Mapping[str, str] = os.envi
     return Devices(device, distributed.get_rank(), distributed.get_world_size())
 
 
-def leave_processes() -> None:
-    """The end of a run that went well. After an error there is nothing to agree on: the process just ends."""
+def leave_processes(status: int) -> None:
+    """The end of a run that went well: where there are several processes, this one ends here with that exit status. After an
+    error there is nothing to agree on: the process just ends.
+
+    Without what Python does at its end, since threads of gloo may still be about then and abort the process (torch 2.13: several
+    of 14 exits of a small FSDP2 program, none of 14 in this way). Files are closed by then.
+    """
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:

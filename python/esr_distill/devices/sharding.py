@@ -22,8 +22,9 @@ from esr_distill.input_error import InputError
 from esr_kernels import OutputHead
 
 
-def shard_model(model: PreTrainedModel, devices: Devices, option: str) -> None:
-    """Replace the weights by this process's shards. All processes must have loaded the same model.
+def shard_model(model: PreTrainedModel, devices: Devices, option: str, *, reshard_after_forward: bool = True) -> None:
+    """Replace the weights by this process's shards. All processes must have loaded the same model. Without
+    `reshard_after_forward` the gathered weights stay until backward has used them.
 
     Raises:
         InputError: a model whose body has no list of layers.
@@ -43,7 +44,7 @@ def shard_model(model: PreTrainedModel, devices: Devices, option: str) -> None:
             f"devices.shard must be none for {option}, whose tied head has a bias, got {type(model).__name__}"
         )
     for group in groups:
-        fully_shard(group, mesh=mesh, reshard_after_forward=True)
+        fully_shard(group, mesh=mesh, reshard_after_forward=reshard_after_forward)
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo has no other
     if is_tied:
