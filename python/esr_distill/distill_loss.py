@@ -76,7 +76,7 @@ def normalize_divergence(
     A rollout without positions adds 0 and counts in B; where there is no position at all the loss is 0 and so is its gradient.
     A divergence of a position with weight 0 is not read, whatever it is.
     """
-    is_kept_N = weights_N > 0
+    is_kept_N = weights_N != 0  # a NaN weight is kept, so that the loss says so
     weighted_N = torch.where(is_kept_N, weights_N * divergence_N, 0.0)
     if normalizer == "token_mean":
         return weighted_N.sum() / (is_kept_N.sum().clamp_min(1) if num_positions is None else max(1, num_positions))

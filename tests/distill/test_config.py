@@ -13,6 +13,7 @@ from esr_distill import config as config_module
 from esr_distill.config import (
     DataConfig,
     EvaluationConfig,
+    HorizonScheduleConfig,
     LoraSettings,
     LossConfig,
     ModelConfig,
@@ -106,6 +107,13 @@ def test_an_option_that_nothing_reads_is_found(tmp_path):
         (
             lambda: make_config(rollout=RolloutConfig(horizon=8), loss=LossConfig(prefix_tokens=9)),
             r"loss\.prefix_tokens must be <= rollout\.horizon = 8, got 9",
+        ),
+        (
+            lambda: make_config(
+                horizon=HorizonScheduleConfig("adaptive", start=2, increment=1, agreement=0.8),
+                loss=LossConfig(prefix_tokens=3),
+            ),
+            r"loss\.prefix_tokens must be unset for horizon\.kind adaptive, which looks at the last tokens, got 3",
         ),
     ],
 )

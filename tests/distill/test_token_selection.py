@@ -7,6 +7,7 @@ import torch
 from tiny_models import EOS, make_rollouts
 
 from esr_distill.config import SelectionConfig, SelectionRule, WeightRule
+from esr_distill.distill_loss import normalize_divergence
 from esr_distill.input_error import InputError
 from esr_distill.prefix_positions import select_prefix_positions
 from esr_distill.token_selection import TokenSelection
@@ -164,6 +165,31 @@ def test_factors_multiply_and_can_be_scaled_to_a_mean_of_one():
     assert weights == pytest.approx(
         {(row, slot): [1, 0.25][slot] / 0.7 for row, slot in tokens([0, 1], [0, 1], [0])}, rel=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        rule("top", score="divergence", tokens=1),
+        rule("threshold", score="divergence", at_least=5.0),
+        rule("threshold", score="divergence", at_most=5.0, complement=True),
+        rule("divergence_share", share=0.1),
+        rule("rows", score="divergence", share=0.1),
+    ],
+)
+def test_a_rule_on_scores_does_not_hide_what_is_not_a_number(rules, monkeypatch):
+    monkeypatch.setitem(globals(), "DIVERGENCE", [*DIVERGENCE[:3], math.nan, *DIVERGENCE[4:]])
+    assert (0, 3) in kept(rules=rules)
+
+
+def test_a_weight_that_is_not_a_number_reaches_the_loss():
+    positions = select_prefix_positions(ROLLOUTS, 9)
+    values = torch.tensor(DIVERGENCE)
+    logprobs = torch.tensor([*TEACHER_LOGPROB[:3], math.nan, *TEACHER_LOGPROB[4:]])
+    divergence = DivergenceOutput(values, values, values, torch.tensor(STUDENT_LOGPROB), logprobs, values)
+    config = SelectionConfig(weights=[WeightRule("prefix_ratio", rate=0.5)])
+    weights_N = TokenSelection.of(ROLLOUTS, config, REQUESTS, 0).weights_N(positions, divergence)
+    assert normalize_divergence(values, weights_N, positions.row_N, 3, "token_mean").isnan()
 
 
 def test_nothing_is_left():

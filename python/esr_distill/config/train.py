@@ -36,6 +36,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         tokens, horizon = self.loss.prefix_tokens, self.rollout.horizon
         require(tokens is None or tokens <= horizon, "loss.prefix_tokens", f"<= rollout.horizon = {horizon}", tokens)
+        if self.horizon.kind == "adaptive":
+            require(
+                tokens is None,
+                "loss.prefix_tokens",
+                "unset for horizon.kind adaptive, which looks at the last tokens",
+                tokens,
+            )
         probed = self.monitoring.probe_tokens
         must_be = f">= rollout.horizon = {horizon} with monitoring.probe_every"
         is_long = self.monitoring.probe_every is None or probed >= horizon

@@ -39,6 +39,7 @@ def scaled_to_1(value_N: Tensor) -> Tensor:
 
 
 def mask_of_scored_rule(rule: SelectionRule, positions: PrefixPositions, divergence: DivergenceOutput) -> Tensor:
+    """What the rule keeps. A position whose divergence is NaN is always kept: left out, it would hide what must stop the run."""
     row_N = positions.row_N
     if rule.kind == "divergence_share":
         kept_N = prefix_with_share(positions.slot_N, divergence.divergence_N.detach(), rule.share)
@@ -54,7 +55,8 @@ def mask_of_scored_rule(rule: SelectionRule, positions: PrefixPositions, diverge
             kept_N = in_best_rows(row_N, score_N, rule.share)
         else:
             kept_N = highest(row_N if rule.scope == "rollout" else torch.zeros_like(row_N), score_N, rule)
-    return ~kept_N if rule.complement else kept_N
+    kept_N = ~kept_N if rule.complement else kept_N
+    return kept_N | divergence.divergence_N.isnan()
 
 
 def highest(group_N: Tensor, score_N: Tensor, rule: SelectionRule) -> Tensor:
