@@ -21,12 +21,10 @@ from rich.table import Table
 
 from bench.gpu_rates import DTYPES, GPUS, Rates, measured_rates, published_gpu
 from bench.model_shape import ModelShape, load_shape
-from bench.reports.markdown_tables import markdown
 
 STAGES = ("rollout", "student_forward", "teacher_forward", "divergence", "backward", "optimizer")
 ADAMW_VALUES = 7  # read weight, gradient and two moments; write weight and two moments
 HEADINGS = ("stage", "TFLOP", "GB", "floor ms", "bound by")
-MEASURED_HEADINGS = (*HEADINGS, "measured ms", "share of the floor")
 
 
 @dataclass(frozen=True)
@@ -248,26 +246,13 @@ def digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
-def table_rows(
-    floors: Mapping[str, StageFloor], measured_stage_seconds: Mapping[str, float] | None = None
-) -> list[tuple[str, ...]]:
-    """Text of a row for each stage and for the sum; columns as in HEADINGS or MEASURED_HEADINGS."""
-    reached = {} if measured_stage_seconds is None else shares(measured_stage_seconds, floors)
+def table_rows(floors: Mapping[str, StageFloor]) -> list[tuple[str, ...]]:
+    """Text of a row for each stage and for the sum; columns as in HEADINGS."""
     rows = []
     for stage, floor in [*floors.items(), ("total", StageFloor.sum(floors.values()))]:
-        row = [stage, digits(1e-12 * floor.flop), digits(1e-9 * floor.bytes), digits(1e3 * floor.seconds)]
-        row.append("" if stage == "total" else floor.bound)
-        if measured_stage_seconds is not None:
-            seconds = measured_stage_seconds.get(stage, sum(measured_stage_seconds.values()))
-            row += [digits(1e3 * seconds), f"{reached[stage]:.1%}"]
-        rows.append(tuple(row))
+        numbers = (digits(1e-12 * floor.flop), digits(1e-9 * floor.bytes), digits(1e3 * floor.seconds))
+        rows.append((stage, *numbers, "" if stage == "total" else floor.bound))
     return rows
-
-
-def floor_table(floors: Mapping[str, StageFloor], measured_stage_seconds: Mapping[str, float] | None = None) -> str:
-    """Markdown: FLOP, bytes, seconds and bound of each stage; with measured seconds, also the share that they reach."""
-    headings = HEADINGS if measured_stage_seconds is None else MEASURED_HEADINGS
-    return markdown(headings, table_rows(floors, measured_stage_seconds))
 
 
 def describe(rates: Rates) -> str:

@@ -19,6 +19,7 @@ from bench.cases.sweeps import slice_groups, tile_groups
 from bench.cases.topk_cases import l6_groups
 from bench.ceilings import Ceilings
 from bench.record_demo import RESULTS, ROOT, machine_folder
+from bench.reports.case_states import state_of
 from bench.timing import Budget, Stopwatch
 from esr_distill.complete_files import write_json
 from esr_distill.machine import machine_record
@@ -166,16 +167,11 @@ class OpsRun:
         self.write(sustained=self.results["is_finished"])
 
     def states(self) -> list[str]:
-        """A line for each case: how many of its rows were timed, refused, not installed."""
-        lines = []
-        for case in dict.fromkeys(row["case"] for row in self.results["rows"]):
-            counts: dict[str, int] = {}
-            for row in self.results["rows"]:
-                if row["case"] == case:
-                    kind = f"{'ours' if row['is_ours'] else 'others'} {row['status']}"
-                    counts[kind] = counts.get(kind, 0) + 1
-            lines.append(f"{case:>6}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
-        return lines + [f"{group['case']:>6}: failed: {group['message']}" for group in self.results["failed_groups"]]
+        """A line for each case: what became of its rows."""
+        rows, failed = self.results["rows"], self.results["failed_groups"]
+        cases = dict.fromkeys(row["case"] for row in rows)
+        lines = [f"{case:>6}: {state_of([row for row in rows if row['case'] == case])}" for case in cases]
+        return lines + [f"{group['case']:>6}: failed: {group['message']}" for group in failed]
 
 
 def our_failures(rows: list[dict]) -> list[dict]:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 
 from bench.floor import STAGES
 from bench.reports.floor_report import CAPTION as FLOOR_CAPTION
-from bench.reports.floor_report import floor_shares_table
+from bench.reports.floor_report import floor_shares_table, prediction_sentence
 from bench.reports.markdown_tables import markdown
 from bench.reports.row_keys import groups
 from bench.steps.implementations import COMPILED, EAGER, OURS, TRL
@@ -68,7 +68,7 @@ def tables(results: dict) -> dict[str, str]:
         SPEEDUP_TABLE: f"{speedup_caption(results)}\n\n{speedup_table(results['rows'])}",
     }
     reached = floor_shares_table(results)
-    return found | ({FLOOR_TABLE: f"{FLOOR_CAPTION}\n\n{reached}"} if reached else {})
+    return found | ({FLOOR_TABLE: f"{FLOOR_CAPTION} {prediction_sentence(results)}\n\n{reached}"} if reached else {})
 
 
 def rows_caption(results: dict) -> str:

@@ -4,13 +4,13 @@ import math
 
 import torch
 
-from esr_distill.monitoring.position_bins import bin_names, count_by_position, mean_by_position, means_by_position
+from esr_distill.monitoring.position_bins import bin_names, count_by_position, means_by_position
 
 
 def test_bins_by_hand():
     slots = [0, 4, 5, 9, 10, 24, 25, 49, 99, 100, 199, 2000, 5000]
     values = [1.0, 3.0, 2.0, 4.0, 10.0, 20.0, 7.0, 9.0, 6.0, 1.0, 2.0, 5.0, 7.0]
-    assert mean_by_position(torch.tensor(values), torch.tensor(slots)) == {
+    assert means_by_position({"value": torch.tensor(values)}, torch.tensor(slots))["value"] == {
         "0-4": 2.0,
         "5-9": 3.0,
         "10-24": 15.0,
@@ -39,7 +39,7 @@ def test_several_values_share_their_bins():
 def test_every_slot_is_in_one_bin():
     slots = torch.arange(2500)
     total = 0
-    for name in mean_by_position(torch.ones(2500), slots):
+    for name in means_by_position({"one": torch.ones(2500)}, slots)["one"]:
         first, _, last = name.rstrip("+").partition("-")
         total += (int(last) if last else 2499) - int(first) + 1
     assert total == sum(count_by_position(slots).values()) == 2500

@@ -183,10 +183,10 @@ def test_report_shows_the_numbers(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["teacher_steps", "steps", "horizon", "problems"])
-def test_counts_must_be_positive(name):
-    with pytest.raises(InputError, match=f"{name} must be >= 1, got 0"):
-        RealDemoConfig(**{name: 0})
+@pytest.mark.parametrize(("name", "least"), [("teacher_steps", 1), ("steps", 1), ("horizon", 1), ("problems", 2)])
+def test_counts_have_a_least_value(name, least):
+    with pytest.raises(InputError, match=f"{name} must be >= {least}, got {least - 1}"):
+        RealDemoConfig(**{name: least - 1})
 
 
 def test_ctrl_c_ends_with_130(monkeypatch, tmp_path):

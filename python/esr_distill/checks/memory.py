@@ -22,7 +22,7 @@ from esr_distill.training_run import TrainingRun
 
 GIB = 2**30
 WORKSPACE_SHARE = 16  # linear_divergence may hold this part of a CUDA device's memory
-# Of size (N, V) in float32, that the plain reference holds at its peak; 13.9 to 14.4 times one were measured.
+# Of size (N, V) in float32, about so many of which the plain reference holds at its peak.
 REFERENCE_TENSORS = 14
 LOGIT_BYTES = 12  # two logits in float32 and a kept gradient in float32, at most
 SMALL_SHARE = 0.9  # of the memory: above it the estimate is too near to be relied on

@@ -30,11 +30,6 @@ def means_by_position(values: Mapping[str, Tensor], slot_N: Tensor) -> dict[str,
     }
 
 
-def mean_by_position(value_N: Tensor, slot_N: Tensor) -> dict[str, float]:
-    """Mean of one value, e.g. {"0-4": .., "5-9": ..}; empty bins are left out."""
-    return means_by_position({"value": value_N}, slot_N)["value"]
-
-
 def count_by_position(slot_N: Tensor) -> dict[str, int]:
     """Number of positions in each bin that has one."""
     counts = torch.bincount(_bin_of(slot_N), minlength=len(POSITION_BINS)).tolist()

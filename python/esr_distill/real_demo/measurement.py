@@ -1,15 +1,16 @@
 """What the demo measures of a model: greedy replies to held-out problems, and the distance to the teacher by position."""
 
-import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
 from esr_distill.config import DataConfig, EvaluationConfig
+from esr_distill.evaluation.accuracy import estimate_mean
 from esr_distill.evaluation.evaluate import Evaluation
 from esr_distill.evaluation.scorers import last_number, normalize_number, number_after_hash
 from esr_distill.models import find_stop_ids, load_model, load_tokenizer
@@ -70,10 +71,10 @@ class Measurement:
         correct = [
             final_answer(reply.text) == normalize_number(answer) for reply, answer in zip(replies, answers, strict=True)
         ]
-        accuracy = sum(correct) / count
+        accuracy = estimate_mean(np.array(correct))
         return {
-            "accuracy": accuracy,
-            "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
+            "accuracy": accuracy.value,
+            "standard_error": accuracy.standard_error,
             "count": count,
             "teacher_format": sum(TEACHER_FORMAT.search(reply.text) is not None for reply in replies) / count,
             "finished": sum(reply.finished for reply in replies) / count,

@@ -31,8 +31,9 @@ class RealDemoConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("teacher_steps", "steps", "horizon", "problems"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        # An accuracy on one problem has no standard error.
+        for name, least in (("teacher_steps", 1), ("steps", 1), ("horizon", 1), ("problems", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be >= {least}, got {getattr(self, name)}")
         if self.seed < 0:
             raise InputError(f"seed must be >= 0, got {self.seed}")
