@@ -64,8 +64,8 @@ def leave_processes(status: int) -> None:
     """The end of a run that went well: where there are several processes, this one ends here with that exit status. After an
     error there is nothing to agree on: the process just ends.
 
-    Without what Python does at its end, since threads of gloo may still be about then and abort the process (seen with torch 2.13,
-    docs/log.md). Files are closed by then.
+    Without what Python does at its end, since threads of gloo may still be about then and abort the process (seen with torch
+    2.13, docs/log.md). Files are closed by then.
     """
     if distributed.is_initialized():
         distributed.destroy_process_group()
