@@ -2,7 +2,7 @@
 
 esr-distill train --config run.yaml [--rollout.horizon 100 ...]
 esr-distill train --resume runs/esr
-esr-distill check --config run.yaml [--output check.json]
+esr-distill check --config run.yaml [--processes 4] [--output check.json]
 esr-distill eval --model runs/esr/checkpoint-000200 --prompts problems.jsonl
 esr-distill demo [--task pointer]
 esr-distill demo-real
@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     trainer, checker = train_parser(), train_parser()
     checker.description = "Ask before a run whether its config would train, and train what is meant."
     checker.add_argument("--output", type=str, default=None, help="JSON file for the findings.")
+    checker.add_argument(
+        "--processes", type=int, default=1, help="How many processes you will start (torchrun, accelerate launch)."
+    )
     commands = {
         "eval": settings_parser(EvalConfig, "Accuracy of a model on problems with answers, greedy or over samples."),
         "demo": settings_parser(DemoConfig, "Distil a tiny student by ESR and by full rollouts, with a report."),
@@ -90,13 +93,14 @@ def run_check(options: Namespace, argv: list[str]) -> int:
             f"--resume must be left out, since a run that began was checked by itself, got {options.resume!r}"
         )
     # The options of training are read as `train` reads them, a preset included.
-    output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    output.add_argument("--output")
-    config = parse_train_options(output.parse_known_args(argv[1:])[1])
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--output")
+    own.add_argument("--processes")
+    config = parse_train_options(own.parse_known_args(argv[1:])[1])
     from esr_distill.checks.check_command import check_config
     from esr_distill.progress import make_console
 
-    return check_config(config, make_console(), options.output)
+    return check_config(config, make_console(), options.output, options.processes)
 
 
 def run_command(command: str, fields: dict) -> int:

@@ -17,6 +17,7 @@ from esr_distill.prefix_positions import PrefixPositions, select_prefix_position
 from esr_distill.prompts import PromptBatch
 from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_distill.token_selection import TokenSelection
+from esr_distill.token_selection.across_processes import weights_across
 from esr_distill.training_run import TrainingRun
 from esr_kernels import DivergenceOutput
 
@@ -47,7 +48,7 @@ class StepParts:
 
     parts = StepParts.of(run, prompts, rollouts)
     for part in parts.parts:
-        parts.loss(part, divergence, weights_N).backward()
+        parts.loss(part, divergence, parts.weights_N(part, divergence)).backward()
     whole, factor = parts.join()
 
     Under token_mean a part is divided by the candidates of the step, which are known before backward; how many of them a rule
@@ -72,6 +73,13 @@ class StepParts:
             positions = select_prefix_positions(drawn, config.trained_tokens, selection.candidates_B_K)
             parts.append(StepPart(read, drawn, selection, positions))
         return cls(run, parts)
+
+    def weights_N(self, part: StepPart, divergence: DivergenceOutput) -> Tensor:
+        """Weight of each candidate of the part, float32 and detached. All processes call it."""
+        devices, selection = self.run.devices, part.selection
+        if devices.world_size == 1 or selection.config.compares_rollouts is None:
+            return selection.weights_N(part.positions, divergence)
+        return weights_across(selection, part.positions, divergence, part.rollouts.batch_size, devices)
 
     def loss(self, part: StepPart, divergence: DivergenceOutput, weights_N: Tensor) -> Tensor:
         """The part's share of the step's loss, to call backward on; and the part is remembered for `join`."""

@@ -167,7 +167,7 @@ def record_accuracy(run: TrainingRun, state: TrainerState, log: RunLog, console:
     if run.evaluation is None:
         return
     with run.autocast(), run.whole_student() as student:
-        result = run.evaluation.accuracy(student)
+        result = run.evaluation.accuracy(student, devices=run.devices)
     log.write({"kind": "evaluation", "step": state.step, "train_seconds": state.train_seconds, **result.record()})
     console.print(f"step {state.step}: {result}")
 

@@ -48,7 +48,7 @@ def train_step(run: TrainingRun, step: int, horizon: int | None = None, watch: S
             teacher_hidden_B_T_E = teacher_hidden_states(run.teacher, part.rollouts, part.prompts, prefill)
         with clock("divergence"):
             divergence = score_positions(run, student_hidden_B_T_D, teacher_hidden_B_T_E, part.positions)
-            loss = parts.loss(part, divergence, part.selection.weights_N(part.positions, divergence))
+            loss = parts.loss(part, divergence, parts.weights_N(part, divergence))
         with clock("backward"):
             loss.backward()
     with clock("backward"):

@@ -83,7 +83,7 @@ def prepare_run(
     device = devices.device
     preflight.check_options(config, device)
     check_devices(config, devices)
-    pair = load_pair(config, device, student_source)
+    pair = load_pair(config, devices, student_source)
     student, teacher, tokenizer = pair.student, pair.teacher, pair.tokenizer
     stop = find_stop_ids(tokenizer, student, teacher, vocab_size=config.loss.vocab_size)
     # Tools that load a checkpoint must stop where the student has learnt to stop.
@@ -136,13 +136,14 @@ def prepare_run(
         seed_dropout(config.run.seed + devices.rank)
     whole_copy = None
     if devices.world_size > 1:
-        check_same(config, student, devices)
+        read = {"data.prompts": prompts.digest}
+        if evaluation is not None:
+            read["evaluation.prompts"] = evaluation.problems.digest
+        check_same(config, student, read, devices)
         console.print(f"{devices.world_size} processes, devices.shard {config.devices.shard}")
     if config.devices.shard != "none":
         whole_copy = WholeCopy(student)
         shard_model(student, devices, "model.student", reshard_after_forward=config.devices.reshard_after_forward)
-    if config.devices.shard == "both":
-        shard_model(teacher, devices, "model.teacher")
     optimizer, scheduler = make_optimizer(student, config.optimizer, config.run.steps)
     return TrainingRun(
         config,

@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from divided_scenarios import divided, fails
 from rich.console import Console
-from tiny_models import make_model, make_rollouts, save_pair, write_prompts
+from small_runs import small_config
+from tiny_models import make_model, make_rollouts
 from transformers import Gemma2Config, GPT2Config, Qwen2Config
 
 import esr_distill.train as train_module
 from esr_distill.config import (
-    DataConfig,
     DevicesConfig,
     EvaluationConfig,
     LoraSettings,
@@ -28,15 +29,16 @@ from esr_distill.config import (
     MonitoringConfig,
     OptimizerConfig,
     RolloutConfig,
-    RunConfig,
     SelectionConfig,
     SelectionRule,
-    TrainConfig,
+    WeightRule,
 )
 from esr_distill.devices import Devices
 from esr_distill.devices.launcher import join_processes, leave_processes
+from esr_distill.devices.sharded_loading import load_in_shards
 from esr_distill.devices.sharding import WholeCopy, shard_model, whole, whole_head
 from esr_distill.hidden_states import last_hidden_states, output_head
+from esr_distill.input_error import InputError
 from esr_distill.models.train_mode import switch_off_dropout
 from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_distill.train import train
@@ -44,18 +46,27 @@ from esr_distill.train_step import train_step
 from esr_distill.training_run import TrainingRun, prepare_run
 
 QUIET = Console(quiet=True)
-HIGHEST = SelectionRule("top", score="divergence", tokens=3)
-SURE = SelectionRule("threshold", score="teacher_entropy", at_most=1.5)
-# name: normaliser, its denominator, rules
-LOSSES: dict[str, tuple] = {
-    "token_mean": ("token_mean", None, []),
-    "sequence_mean": ("sequence_mean", None, []),
-    "sum": ("sum", None, []),
-    "fixed": ("fixed", 7.5, []),
-    "token_mean of the highest": ("token_mean", None, [HIGHEST]),
-    "token_mean of the sure": ("token_mean", None, [SURE]),
-    "fixed of the sure": ("fixed", 7.5, [SURE]),
-    "sequence_mean of the highest": ("sequence_mean", None, [HIGHEST]),
+ALL = SelectionConfig()
+HIGHEST = SelectionConfig([SelectionRule("top", score="divergence", tokens=3)])
+SURE = SelectionConfig([SelectionRule("threshold", score="teacher_entropy", at_most=1.5)])
+ROWS = SelectionConfig([SelectionRule("rows", score="surprise", share=0.3)])
+OF_BATCH = SelectionConfig(
+    [SelectionRule("prefix", tokens=5), SelectionRule("top", score="tip", tokens=11, scope="batch")]
+)
+RESCALED = SelectionConfig(HIGHEST.rules, weights=[WeightRule("decay", rate=0.3)], rescale_weights=True)
+# name: normaliser, its denominator, selection
+LOSSES: dict[str, tuple[str, float | None, SelectionConfig]] = {
+    "token_mean": ("token_mean", None, ALL),
+    "sequence_mean": ("sequence_mean", None, ALL),
+    "sum": ("sum", None, ALL),
+    "fixed": ("fixed", 7.5, ALL),
+    "token_mean of the highest": ("token_mean", None, HIGHEST),
+    "token_mean of the sure": ("token_mean", None, SURE),
+    "fixed of the sure": ("fixed", 7.5, SURE),
+    "sequence_mean of the highest": ("sequence_mean", None, HIGHEST),
+    "token_mean of the best rows": ("token_mean", None, ROWS),
+    "sum of the batch's highest": ("sum", None, OF_BATCH),
+    "token_mean of rescaled": ("token_mean", None, RESCALED),
 }
 # Biases; soft caps; a tied head, and matrices that are stored the other way round.
 BODIES = {
@@ -63,26 +74,6 @@ BODIES = {
     "gemma2": (Gemma2Config, {"final_logit_softcapping": 2.0, "sliding_window": 4, "query_pre_attn_scalar": 8}),
     "gpt2": (GPT2Config, {"tie_word_embeddings": True, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
 }
-
-
-def make_folder(folder: Path) -> None:
-    save_pair(folder)
-    write_prompts(folder / "prompts.jsonl", count=20)
-    tied = folder / "tied"
-    make_model(3, tie_word_embeddings=True).save_pretrained(tied)
-    for file in (folder / "student").glob("token*"):
-        (tied / file.name).write_bytes(file.read_bytes())
-
-
-def small_config(folder: Path, name: str, steps: int = 4, **groups) -> TrainConfig:
-    defaults = {
-        "rollout": RolloutConfig(horizon=9, batch_size=8, sampling_temperature=1.0, top_p=1.0),
-        "optimizer": OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e6),
-        "run": RunConfig(output_dir=str(folder / name), steps=steps, save_every=100, keep_checkpoints=9),
-        "model": ModelConfig(str(folder / "student"), str(folder / "teacher"), device="cpu"),
-        "data": DataConfig(str(folder / "prompts.jsonl"), chat_template=False),
-    }
-    return TrainConfig(**(defaults | groups))
 
 
 class DrawnInFloat32:
@@ -113,13 +104,14 @@ def gradients_of(run: TrainingRun, step: int = 0) -> dict:
 def losses(folder: Path, devices: Devices) -> dict:
     """Gradients of one step for every normaliser, without and with accumulation."""
     found = {}
-    for name, (normalizer, denominator, rules) in LOSSES.items():
-        for parts in (1, 2, 4) if name == "token_mean of the highest" else (1, 2):
+    for name, (normalizer, denominator, selection) in LOSSES.items():
+        counts = (1, 2, 4) if name == "token_mean of the highest" else (1, 2)
+        for parts in counts if selection.compares_rollouts is None else (1,):
             config = small_config(
                 folder,
                 "unused",
                 loss=LossConfig(normalizer=normalizer, denominator=denominator),
-                selection=SelectionConfig(rules=list(rules)),
+                selection=selection,
                 optimizer=OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e6, accumulation_steps=parts),
             )
             found[name, parts] = gradients_of(prepare_run(config, QUIET, devices=devices))
@@ -260,6 +252,39 @@ def sharded_bodies(folder: Path, devices: Devices) -> dict:
     return found
 
 
+def sharded_loading(folder: Path, devices: Devices) -> dict:
+    """Models that one process reads and all have in shards, and what becomes of its error."""
+    found = {}
+    if devices.world_size == 1:
+        return found
+
+    def read(model):
+        assert devices.is_main
+        return model
+
+    def fail():
+        raise InputError("model.teacher must be there, got none")
+
+    rollouts = make_rollouts([[3], [4, 5]], [[12, 2], [13, 14, 15]])
+    for name, (config_class, fields) in BODIES.items():
+        plain = make_model(0, config_class, **fields).eval().requires_grad_(False)
+        shards = load_in_shards(lambda plain=plain: read(plain), devices, "model.teacher")
+        named = list(shards.named_parameters())
+        found[name] = {
+            "same": all(torch.equal(whole(parameter), plain.get_parameter(name)) for name, parameter in named),
+            "names": [name for name, _ in named] == [name for name, _ in plain.named_parameters()],
+            "frozen": not any(parameter.requires_grad for _, parameter in named) and not shards.training,
+            "is_in_shards": all(len(parameter.to_local()) <= -(-len(parameter) // 2) for _, parameter in named),
+            "hidden": [last_hidden_states(model, rollouts) for model in (shards, plain)],
+            "head": [whole_head(output_head(model)) for model in (shards, plain)],
+        }
+    try:
+        load_in_shards(fail, devices, "model.teacher")
+    except InputError as error:
+        found["error"] = str(error)
+    return found
+
+
 def dies(folder: Path, devices: Devices) -> dict:
     """The last process ends without a word in step 2."""
     original = train_module.train_step
@@ -275,7 +300,8 @@ def dies(folder: Path, devices: Devices) -> dict:
 
 
 SCENARIOS: dict[str, Callable[[Path, Devices], dict]] = {
-    scenario.__name__: scenario for scenario in (losses, empty, whole_run, adapter, sharded, sharded_bodies, dies)
+    scenario.__name__: scenario
+    for scenario in (losses, empty, whole_run, adapter, sharded, sharded_bodies, sharded_loading, divided, dies, fails)
 }
 
 

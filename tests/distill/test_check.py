@@ -15,9 +15,17 @@ from tiny_models import make_model, make_tokenizer, save_pair, write_prompts
 from esr_distill.checks import check_command
 from esr_distill.checks.check_command import ask_everything
 from esr_distill.checks.finding import Finding
+from esr_distill.checks.planned_launch import PlannedLaunch
 from esr_distill.checks.tokens import stop_finding, tokenizer_finding
 from esr_distill.command_line import main
-from esr_distill.config import EvaluationConfig, LossConfig, MonitoringConfig, RolloutConfig, TrainConfig
+from esr_distill.config import (
+    DevicesConfig,
+    EvaluationConfig,
+    LossConfig,
+    MonitoringConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from esr_distill.input_error import InputError
 
 
@@ -26,8 +34,9 @@ def console() -> Console:
     return Console(quiet=True)
 
 
-def findings(config: TrainConfig, console: Console) -> dict[str, Finding]:
-    return {finding.check: finding for finding in ask_everything(config, console).findings}
+def findings(config: TrainConfig, console: Console, processes: int = 1) -> dict[str, Finding]:
+    launch = PlannedLaunch(processes, config.devices)
+    return {finding.check: finding for finding in ask_everything(config, console, launch).findings}
 
 
 # The command
@@ -86,13 +95,26 @@ def test_an_error_is_the_exit_status(folder, capsys):
 def test_a_preset_counts_as_it_does_in_training(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        check_command, "check_config", lambda config, console, output: seen.append((config, output)) or 0
+        check_command, "check_config", lambda config, console, *options: seen.append((config, options)) or 0
     )
     arguments = [*check_arguments(folder), "--preset", "middle-window", "--output", "a.json"]
     assert main(arguments) == 0
-    ((config, output),) = seen
-    assert output == "a.json"
+    ((config, options),) = seen
+    assert options == ("a.json", 1)
     assert config.rollout.horizon == 4 and config.selection.rules[0].start == "middle"
+
+
+def test_the_number_of_processes_is_an_option_of_check_alone(folder, capsys):
+    """The batch is of two rollouts."""
+    arguments = check_arguments(folder, "--devices.shard", "student")
+    assert main([*arguments, "--processes", "2", "--output", str(folder / "check.json")]) == 0
+    (memory,) = [f for f in json.loads((folder / "check.json").read_text())["findings"] if f["check"] == "memory"]
+    assert "each of 2 processes (devices.shard student)" in memory["message"]
+    assert main([*arguments, "--processes=3"]) == 2 and main(arguments) == 2
+    assert main([*arguments, "--processes", "0"]) == 2
+    assert "esr-distill check: --processes must be >= 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", *arguments[1:], "--processes", "2"])
 
 
 def test_resume_is_refused(folder, capsys):
@@ -138,7 +160,7 @@ def test_several_errors_are_found_at_once(tmp_path, console):
     assert all(finding.level == "error" for finding in report.findings)
     messages = " ".join(finding.message for finding in report.findings)
     assert "divergence_parameter must be set" in messages and "'nowhere.jsonl'" in messages and "no/such" in messages
-    assert report.not_asked[:2] == ["chat templates", "thinking mode"]
+    assert report.not_asked[:3] == ["processes", "chat templates", "thinking mode"]
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path, console):
@@ -169,6 +191,55 @@ def test_what_training_would_find_itself_is_found_too(tmp_path, console):
     evaluation = EvaluationConfig(str(tmp_path / "evaluation.jsonl"))
     found = findings(tiny_config(tmp_path, evaluation=evaluation), console)
     assert found["run"].level == "error" and "must have an" in found["run"].message
+
+
+# Several processes
+
+
+def test_what_each_of_several_processes_would_refuse(tmp_path, console):
+    """The batch is of four rollouts."""
+    config = tiny_config(tmp_path)
+    assert "processes" not in findings(config, console, 2)
+    report = ask_everything(config, console, PlannedLaunch(3))
+    assert [(f.check, f.level) for f in report.findings if f.level == "error"] == [("processes", "error")]
+    finding = next(f for f in report.findings if f.check == "processes")
+    assert "rollout.batch_size must be a multiple of" in finding.message
+    assert "the number of processes = 3, got 4" in finding.message and "than 3 (--processes)" in finding.fix
+    assert "memory" in report.not_asked
+
+
+def test_shards_need_the_number_of_processes(tmp_path, console):
+    config = tiny_config(tmp_path, devices=DevicesConfig(shard="both"))
+    finding = findings(config, console)["processes"]
+    assert "devices.shard must be none in a run of one process, got 'both'" in finding.message
+    assert finding.fix == "say how many processes you will start: esr-distill check --processes N"
+    found = findings(config, console, 4)
+    assert all(finding.level != "error" for finding in found.values())
+    assert "each of 4 processes (devices.shard both)" in found["memory"].message
+    assert "whole student" in found["memory"].values["stages"]["saving"]
+
+
+def test_a_full_device_says_that_a_check_has_no_shards(tmp_path, console, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(check_command, "prepare_run", full)
+    config = tiny_config(tmp_path, devices=DevicesConfig(shard="student"))
+    assert "a check has both models whole, the run has shards" in findings(config, console, 2)["run"].fix
+    assert findings(replace(config, devices=DevicesConfig()), console, 2)["run"].fix.endswith("ask for less of it")
+
+
+def test_the_number_of_processes_is_written_and_checked_first(tmp_path, console):
+    config, output = tiny_config(tmp_path), tmp_path / "out" / "check.json"
+    for processes in (0, -2):
+        with pytest.raises(InputError, match=rf"^--processes must be >= 1, got {processes}$"):
+            check_command.check_config(config, console, str(output), processes)
+    assert not output.parent.exists()
+    assert check_command.check_config(config, console, str(output), 2) == 0
+    result = json.loads(output.read_text())
+    assert result["processes"] == 2 and result["options"]["devices"]["shard"] == "none"
+    (memory,) = [finding for finding in result["findings"] if finding["check"] == "memory"]
+    assert memory["values"]["processes"] == 2
 
 
 # Tokens

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_scenarios import BODIES, LOSSES, make_folder, run_scenarios, small_config
+from process_scenarios import BODIES, LOSSES, run_scenarios
 from rich.console import Console
 from safetensors.torch import load_file
+from small_runs import make_folder, small_config
 from transformers import AutoModelForCausalLM
 
 from esr_distill.config import LossConfig, OptimizerConfig
@@ -40,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
     """What the scenarios left, in one process and in two."""
     folder = tmp_path_factory.mktemp("devices")
     make_folder(folder)
-    names = ["losses", "empty", "whole_run", "sharded", "sharded_bodies"]
+    names = ["losses", "empty", "whole_run", "sharded", "sharded_bodies", "sharded_loading", "divided"]
     try:
         import peft  # noqa: F401
 
@@ -83,7 +84,7 @@ def test_gradients_depend_on_neither_processes_nor_parts(folder, name):
     expected = one[name, 1]
     assert expected["record"]["mean_length"] < expected["record"]["longest_rollout"]
     others = [one[key] for key in one if key[0] == name and key[1] > 1] + [two[key] for key in two if key[0] == name]
-    assert len(others) >= 3
+    assert len(others) >= (3 if LOSSES[name][2].compares_rollouts is None else 1)
     for other in others:
         for gradient, wanted in zip(other["gradients"], expected["gradients"], strict=True):
             assert (gradient - wanted).norm() <= EXACT * wanted.norm()
@@ -126,7 +127,9 @@ def test_every_process_has_the_same_gradients_and_the_metrics_of_all(folder):
         expected, record = (without_times(step[key]["record"]) for step in (one, two[0]))
         assert record.keys() == expected.keys()
         for name, value in expected.items():
-            assert record[name] == (value if isinstance(value, (str, int)) else pytest.approx(value, rel=1e-9)), name
+            assert record[name] == (
+                value if isinstance(value, (str, int, type(None))) else pytest.approx(value, rel=1e-9)
+            ), name
 
 
 def test_a_process_without_a_token_to_train_adds_nothing(folder):
@@ -183,6 +186,36 @@ def test_shards_train_the_student_of_one_process(folder, shard):
     assert texts[0] == texts[1] and len(texts[0]) == 3 * 8
 
 
+@pytest.mark.parametrize("shard", ["none", "both"])
+def test_replies_of_an_evaluation_are_divided_and_those_of_one_process(folder, shard):
+    """Five problems, three samples each: the second process has two, and begins again at the first one."""
+    one = found(folder, "divided", 0, 1)["none"]
+    assert len({reply.text for reply in one["replies"]}) == 15 == len(one["requests"])
+    assert 0 < one["accuracy"]["accuracy"] < one["accuracy"]["estimates"]["pass@3"]["value"] < 1
+    for rank, problems in enumerate([(0, 1, 2), (3, 4, 0)]):
+        two = found(folder, "divided", rank, 2)[shard]
+        assert sorted(two["requests"]) == sorted(
+            problem + sample * 2**32 for problem in problems for sample in range(3)
+        )
+        assert two["replies"] == one["replies"] and two["accuracy"] == one["accuracy"]
+
+
+@pytest.mark.parametrize("shard", ["none", "both"])
+@pytest.mark.parametrize(("count", "shares"), [(5, [[0, 1, 2], [3, 4, 0]]), (3, [[0, 1], [2, 0]]), (1, [[0], [0]])])
+def test_a_probe_is_divided_and_its_record_that_of_one_process(folder, shard, count, shares):
+    """All processes ask the teacher equally often: where it is in shards, each of its forwards is a meeting."""
+    expected, requests, calls = found(folder, "divided", 0, 1)["none"]["probes"][count]
+    assert requests == [2**62 + place for place in range(count)] and calls == count == expected["prompts"]
+    for rank in (0, 1):
+        record, requests, calls = found(folder, "divided", rank, 2)[shard]["probes"][count]
+        assert requests == [2**62 + place for place in shares[rank]] and calls == len(shares[0])
+        record, wanted = without_times(record), without_times(expected)
+        assert record.keys() == wanted.keys() and wanted["tokens_behind"] > 0
+        for name, value in wanted.items():
+            is_sum = "divergence" in name or "entropy" in name
+            assert record[name] == (pytest.approx(value, rel=1e-6) if is_sum else value), name
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_bodies_of_many_kinds_in_shards(folder, body):
     for rank in (0, 1):
@@ -209,6 +242,18 @@ def test_a_checkpoint_of_shards_is_one_of_a_single_process(folder, shard):
             assert (states[1][index][name] - entry[name]).norm() <= 1e-4 * entry[name].norm()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_teacher_that_one_process_reads_is_in_shards_in_all(folder, rank):
+    models = dict(found(folder, "sharded_loading", rank, 2))
+    assert models.pop("error") == "model.teacher must be there, got none"
+    assert set(models) == set(BODIES)
+    for model in models.values():
+        assert model["same"] and model["names"] and model["frozen"] and model["is_in_shards"]
+        assert torch.equal(*model["hidden"])
+        (mine, its) = model["head"]
+        assert torch.equal(mine.weight, its.weight) and mine.softcap == its.softcap
+
+
 def test_one_process_goes_on_where_shards_stopped(folder, tmp_path):
     """A fourth step after the third of one process, and after that of two with shards."""
     losses = []
@@ -226,12 +271,15 @@ def test_one_process_goes_on_where_shards_stopped(folder, tmp_path):
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_when_a_process_dies_the_others_end_with_an_error(folder):
-    """No launcher here, which would end them itself."""
+@pytest.mark.parametrize(
+    ("scenario", "status", "error"), [("dies", 9, ""), ("fails", 1, "FloatingPointError: only here")]
+)
+def test_when_a_process_dies_or_fails_the_others_end_with_an_error(folder, scenario, status, error):
+    """In a step, or in its share of the probe. No launcher here, which would end them itself."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE / "process_scenarios.py", folder, "dies"],
+            [sys.executable, HERE / "process_scenarios.py", folder, scenario],
             env=process_environment(**address, RANK=str(rank), LOCAL_RANK=str(rank)),
             stderr=subprocess.PIPE,
             text=True,
@@ -239,7 +287,7 @@ def test_when_a_process_dies_the_others_end_with_an_error(folder):
         for rank in (0, 1)
     ]
     errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert processes[1].returncode == 9
+    assert processes[1].returncode == status and error in errors[1]
     assert processes[0].returncode not in (0, 9)
     assert "Error" in errors[0]
-    assert len(losses_of(folder / "dies")) == 1 and not list((folder / "dies").glob("checkpoint-*"))
+    assert len(losses_of(folder / scenario)) == 1 and not list((folder / scenario).glob("checkpoint-*"))

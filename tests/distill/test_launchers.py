@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from process_scenarios import make_folder, small_config
+from small_runs import make_folder, small_config
 
 from esr_distill.config import ModelConfig, OptimizerConfig, RolloutConfig, SelectionConfig, SelectionRule, WeightRule
 from esr_distill.config.devices import DevicesConfig
@@ -110,34 +110,32 @@ TWO = Devices(CPU, 0, 2)
             TWO,
             r"rollout\.batch_size must be a multiple of .*accumulation_steps = 2 .*processes = 2, got 6",
         ),
-        (
-            {"selection": SelectionConfig([SelectionRule("divergence_share", share=0.9)])},
-            TWO,
-            "selection.rules must .*several processes.*got kind divergence_share",
-        ),
-        (
-            {"selection": SelectionConfig([SelectionRule("rows", score="divergence", share=0.5)])},
-            TWO,
-            "got kind rows",
-        ),
-        (
-            {"selection": SelectionConfig([SelectionRule("top", score="surprise", share=0.5, scope="batch")])},
-            TWO,
-            "got scope batch",
-        ),
-        (
-            {
-                "selection": SelectionConfig([SelectionRule("top", score="tip", tokens=2)]),
-                "optimizer": OptimizerConfig(accumulation_steps=2),
-            },
-            Devices(CPU),
-            "accumulation steps, got score tip",
-        ),
-        (
-            {"selection": SelectionConfig(weights=[WeightRule("decay", rate=0.1)], rescale_weights=True)},
-            TWO,
-            "selection.rescale_weights must be false .*got true",
-        ),
+        *[
+            (
+                {"selection": selection, "optimizer": OptimizerConfig(accumulation_steps=2)},
+                Devices(CPU),
+                f"optimizer.accumulation_steps must be 1 with {words}, which compares the rollouts of a whole batch.*got 2",
+            )
+            for selection, words in (
+                (
+                    SelectionConfig([SelectionRule("divergence_share", share=0.9)]),
+                    "kind divergence_share in selection.rules",
+                ),
+                (
+                    SelectionConfig([SelectionRule("rows", score="divergence", share=0.5)]),
+                    "kind rows in selection.rules",
+                ),
+                (
+                    SelectionConfig([SelectionRule("top", score="surprise", share=0.5, scope="batch")]),
+                    "scope batch in .*rules",
+                ),
+                (SelectionConfig([SelectionRule("top", score="tip", tokens=2)]), "score tip in selection.rules"),
+                (
+                    SelectionConfig(weights=[WeightRule("decay", rate=0.1)], rescale_weights=True),
+                    "selection.rescale_weights",
+                ),
+            )
+        ],
         (
             {
                 "rollout": RolloutConfig(batch_size=8, overlap_teacher=True),
@@ -168,6 +166,11 @@ TWO = Devices(CPU, 0, 2)
             {"devices": DevicesConfig("both"), "model": ModelConfig("student", "teacher", teacher_offload=True)},
             TWO,
             "devices.shard must be none or student with model.teacher_offload",
+        ),
+        (
+            {"devices": DevicesConfig("both"), "model": ModelConfig("student", "teacher", trust_remote_code=True)},
+            TWO,
+            "devices.shard must be none or student with model.trust_remote_code.*got 'both'",
         ),
         (
             {"devices": DevicesConfig("student")},
@@ -232,8 +235,12 @@ class Answers(Devices):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config, sums: (config | {"loss": {}}, sums), "the same options, got others for loss in process 1"),
-        (lambda config, sums: (config, [(name, s + 1) for name, s in sums]), "the same student, .* process 1"),
+        (
+            lambda config, sums, read: (config | {"loss": {}}, sums, read),
+            "same options, got others for loss in process 1",
+        ),
+        (lambda config, sums, read: (config, [(name, s + 1) for name, s in sums], read), "same student, .* process 1"),
+        (lambda config, sums, read: (config, sums, read | {"data.prompts": "c"}), "same data.prompts, .* process 1"),
     ],
 )
 def test_processes_that_would_train_different_runs_are_refused(tmp_path, change, message):
@@ -241,4 +248,4 @@ def test_processes_that_would_train_different_runs_are_refused(tmp_path, change,
     object.__setattr__(devices, "change", change)
     config = replace(small_config(tmp_path, "unused"))
     with pytest.raises(InputError, match=message):
-        check_same(config, torch.nn.Linear(2, 3), devices)
+        check_same(config, torch.nn.Linear(2, 3), {"evaluation.prompts": "a", "data.prompts": "b"}, devices)

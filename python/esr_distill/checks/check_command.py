@@ -1,7 +1,7 @@
 """`esr-distill check`: would this config train, and train what is meant? Asked with the run's own parts, before any training.
 
 Each question gets one finding: ok, a warning or an error, with a fix in words. Questions that need what another one did not find
-are named as not asked.
+are named as not asked. The check is one process; of how many the run will be is told to it (`PlannedLaunch`).
 """
 
 import time
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.checks.chat_templates import template_finding, thinking_finding, turn_end_finding
@@ -27,6 +28,7 @@ from esr_distill.checks.first_rollouts import (
 )
 from esr_distill.checks.lengths import context_finding
 from esr_distill.checks.memory import estimate_memory, memory_finding
+from esr_distill.checks.planned_launch import ONE_PROCESS, PlannedLaunch
 from esr_distill.checks.tokens import (
     have_other_widths,
     load_tokenizers,
@@ -51,6 +53,7 @@ from esr_distill.training_run import TrainingRun, prepare_run
 
 Answer = TypeVar("Answer")
 AS_THE_MESSAGE_SAYS = "change what the message names"
+LESS_MEMORY = "free the device's memory, or ask for less of it"
 OF_TEMPLATES = ("chat templates", "thinking mode")
 OF_THE_RUN = (
     "stop ids",
@@ -66,10 +69,12 @@ OF_THE_RUN = (
 
 @dataclass
 class CheckReport:
-    """Findings in the order of the questions, and the questions that could not be asked."""
+    """Findings in the order of the questions, and the questions that could not be asked. `memory_fix` is what to do where the
+    check itself finds the device full."""
 
     findings: list[Finding] = field(default_factory=list)
     not_asked: list[str] = field(default_factory=list)
+    memory_fix: str = LESS_MEMORY
 
     @property
     def has_errors(self) -> bool:
@@ -84,7 +89,7 @@ class CheckReport:
             return ask()
         except torch.OutOfMemoryError as error:
             first_line = str(error).splitlines()[0]
-            self.add(Finding(check, "error", first_line, "free the device's memory, or ask for less of it"))
+            self.add(Finding(check, "error", first_line, self.memory_fix))
         except (InputError, FloatingPointError) as error:
             self.add(Finding(check, "error", str(error), fix))
         return None
@@ -96,12 +101,14 @@ class CheckReport:
         )
 
 
-def check_config(config: TrainConfig, console: Console, output: str | None = None) -> int:
-    """Ask everything, print a table, write `output` as JSON if it is given. The exit status is 0 unless there is an error."""
+def check_config(config: TrainConfig, console: Console, output: str | None = None, processes: int = 1) -> int:
+    """Ask everything about a run of so many processes, print a table, write `output` as JSON if it is given. The exit status is 0
+    unless there is an error."""
+    launch = PlannedLaunch(processes, config.devices)
     if output is not None:
         check_output(Path(output))
     start = time.perf_counter()
-    report = ask_everything(config, console)
+    report = ask_everything(config, console, launch)
     console.print(report_table(report))
     counts = {level: sum(finding.level == level for finding in report.findings) for level in STYLES}
     console.print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['error']} errors", highlight=False)
@@ -109,15 +116,25 @@ def check_config(config: TrainConfig, console: Console, output: str | None = Non
         console.print(f"not asked, for want of what came before: {', '.join(report.not_asked)}", highlight=False)
     if output is not None:
         seconds = time.perf_counter() - start
-        options = {"options": finite_or_none(asdict(config)), "machine": machine_record(), "seconds": seconds}
-        write_json(Path(output), {"has_errors": report.has_errors, **report.record(), **options})
+        options = {"options": finite_or_none(asdict(config)), "processes": processes}
+        where = {"machine": machine_record(), "seconds": seconds}
+        write_json(Path(output), {"has_errors": report.has_errors, **report.record(), **options, **where})
     return BAD_INPUT if report.has_errors else 0
 
 
-def ask_everything(config: TrainConfig, console: Console) -> CheckReport:
-    """All questions, from those that need least."""
+def ask_everything(config: TrainConfig, console: Console, launch: PlannedLaunch | None = None) -> CheckReport:
+    """All questions, from those that need least. `launch` is one process where none is given."""
+    launch = launch or PlannedLaunch(1, config.devices)
     report = CheckReport()
-    report.attempt("options", lambda: check_options(config))
+    if launch.processes > 1 and launch.is_student_sharded:
+        report.memory_fix = (
+            f"{LESS_MEMORY}, e.g. with --model.device cpu: a check has both models whole, the run has shards"
+        )
+    device = report.attempt("options", lambda: check_options(config))
+    if device is None:
+        report.not_asked.append("processes")
+    else:
+        report.attempt("processes", lambda: launch.check(config, device), launch.fix)
     records = report.attempt("prompts", lambda: first_records(config))
     tokenizers = report.attempt("tokenizers", lambda: load_tokenizers(config.model))
     if tokenizers is not None:
@@ -135,16 +152,17 @@ def ask_everything(config: TrainConfig, console: Console) -> CheckReport:
     if run is None:
         report.not_asked += OF_THE_RUN
         return report
-    ask_about_run(run, config, records, report, tokenizers[1])
+    ask_about_run(run, config, records, report, tokenizers[1], launch)
     return report
 
 
-def check_options(config: TrainConfig) -> None:
-    """What can be known of options without a model. Raises InputError."""
+def check_options(config: TrainConfig) -> torch.device:
+    """What can be known of options without a model. Returns the device. Raises InputError."""
     device = choose_device(config.model.device)
     make_divergence(config.loss)
     preflight.check_options(config, device)
     check_trackers(config.monitoring.trackers)
+    return device
 
 
 def first_records(config: TrainConfig) -> list[PromptRecord]:
@@ -156,7 +174,7 @@ def first_records(config: TrainConfig) -> list[PromptRecord]:
 def prepare_leniently(config: TrainConfig, report: CheckReport, console: Console) -> TrainingRun | None:
     """The run as training prepares it, but without prompts that are too long and, where the models' vocabularies are an obstacle,
     with these cut, so that the other questions can be asked. The findings on context and vocabulary tell of both."""
-    # A check is one process, whatever the run will be.
+    # A check is one process, whatever the run will be, and has no use for shards.
     lenient = replace(config, data=replace(config.data, long_prompts="drop"), devices=DevicesConfig())
     run = report.attempt("run", lambda: prepare_run(lenient, console))
     if run is not None or config.loss.vocab_size is not None or not have_other_widths(config.model):
@@ -170,7 +188,12 @@ def prepare_leniently(config: TrainConfig, report: CheckReport, console: Console
 
 
 def ask_about_run(
-    run: TrainingRun, config: TrainConfig, records: list[PromptRecord], report: CheckReport, teacher_tokenizer
+    run: TrainingRun,
+    config: TrainConfig,
+    records: list[PromptRecord],
+    report: CheckReport,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    launch: PlannedLaunch = ONE_PROCESS,
 ) -> None:
     """What needs both models. `config` is the one that was given, which the run may have been more lenient than."""
     sources, merged = stop_sources(run, teacher_tokenizer), run.stop.eos_ids
@@ -195,9 +218,9 @@ def ask_about_run(
         report.add(vocabulary_finding(run, first, config.loss.vocab_size))
         report.add(determinism_finding(run, first))
         report.add(agreement_finding(run, first))
-    estimate = report.attempt("memory", lambda: estimate_memory(run))
+    estimate = report.attempt("memory", lambda: estimate_memory(run, launch))
     if estimate is not None:
-        report.add(memory_finding(run, estimate))
+        report.add(memory_finding(run, estimate, launch))
     if config.monitoring.probe_every is not None:
         probe = report.attempt("probe", lambda: FullLengthProbe.prepare(run))
         if probe is not None:

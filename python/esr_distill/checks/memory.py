@@ -1,20 +1,25 @@
 """How much of the device's memory a run would take, stage by stage: an estimate, from what is loaded and a small forward.
 
-Counted are weights, gradients, both moments, the teacher, the KV cache, what a forward keeps for backward (measured on a few
-tokens and taken to grow with their number), hidden states and the workspace of the divergence. Logits of all positions are never
-there. Not counted are the CUDA context, captured graphs and fragmentation. It is that of one process that does all of a step:
-what several processes share is not taken off.
+It is that of one process of the planned launch, with its part of the rollouts and, where the config says so, its shards. Counted
+are weights, gradients, both moments, the teacher, the KV cache, what a forward keeps for backward (measured on a few tokens and
+taken to grow with their number), hidden states and the workspace of the divergence. Logits of all positions are never there. The
+parts of a stage are added up, although some of them follow each other. Not counted are loading, evaluation, the CUDA context,
+captured graphs and fragmentation.
 """
 
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
 
 from esr_distill.checks.finding import Finding
+from esr_distill.checks.planned_launch import ONE_PROCESS, PlannedLaunch
+from esr_distill.checks.weight_memory import GatheredParts, own_bytes
 from esr_distill.hidden_states import last_hidden_states
 from esr_distill.models.teacher import OffloadedTeacher
-from esr_distill.prompts import pad_prompts
+from esr_distill.packed_attention import Packing, packing_of
+from esr_distill.prompts import PromptStream, pad_prompts
 from esr_distill.rollout import RolloutBatch
 from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.rollout.prefill import prefill
@@ -34,7 +39,8 @@ class MemoryEstimate:
     """Bytes by stage and part.
 
     Attributes:
-        stages: what is there at the same time: rollout, update (forwards, divergence, backward), optimizer, probe.
+        stages: what is there at the same time: rollout, update (forwards, divergence, backward), optimizer; probe where there is
+            one, saving with shards.
     """
 
     stages: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -49,54 +55,58 @@ class MemoryEstimate:
         return max(self.peaks.values())
 
 
-def weight_bytes(parameters) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-
-def estimate_memory(run: TrainingRun) -> MemoryEstimate:
-    """All stages of a step with the longest prompt in every row, and of the probe where there is one."""
+def estimate_memory(run: TrainingRun, launch: PlannedLaunch = ONE_PROCESS) -> MemoryEstimate:
+    """All stages of a step of one process, with the longest prompts in its rows, of the probe where there is one, and of saving
+    where what is in shards becomes whole for it."""
     config, student, teacher = run.config, run.student, run.teacher
     rollout = config.rollout
-    rows, longest = rollout.batch_size, run.prompts.longest
-    tokens = longest + rollout.horizon
+    rows = rollout.batch_size // launch.processes
+    width = run.prompts.longest + rollout.horizon
     at_once = rows // config.optimizer.accumulation_steps
     scored = at_once * min(rollout.horizon, config.trained_tokens)
-    trained = weight_bytes(parameter for parameter in student.parameters() if parameter.requires_grad)
-    teacher_bytes = 0 if config.model.is_teacher_base else weight_bytes(teacher.parameters())
+    read, read_by_teacher = tokens_read(run, student, at_once), tokens_read(run, teacher, at_once)
+    trained = own_bytes((p for p in student.parameters() if p.requires_grad), launch, launch.is_student_sharded)
+    teacher_bytes = own_bytes(teacher.parameters(), launch, launch.is_teacher_sharded)
+    if config.model.is_teacher_base:
+        teacher_bytes = 0
     waits = teacher_bytes if isinstance(teacher, OffloadedTeacher) else 0
-    always = {
-        "student weights": weight_bytes(student.parameters()),
-        "teacher weights": teacher_bytes - waits,
-        "moments": 2 * trained,
-    }
     per_token, once = forward_bytes(run)
     if config.model.gradient_checkpointing:
         layers = student.config.get_text_config().num_hidden_layers
         per_token = per_token // layers + layers * hidden_bytes(run, student)
     cache = cache_bytes_per_token(run) if rollout.backend == "inprocess" else 0
-    kept = {"KV cache": rows * tokens * cache}  # the engine keeps its cache for the next step
+    always = {
+        "student weights": own_bytes(student.parameters(), launch, launch.is_student_sharded),
+        "teacher weights": teacher_bytes - waits,
+        "moments": 2 * trained,
+        "KV cache": rows * width * cache,  # the engine keeps its cache for the next step
+    }
+    gathered = GatheredParts.of(run, launch)
     # the model's and a float32 copy; transformers' generate keeps those of all steps
     logits = 8 * rows * width_of(student) * (rollout.horizon if rollout.backend == "hf_generate" else 1)
     stages = {
-        "rollout": always | kept | {"logits that are drawn from": logits},
+        "rollout": always | gathered.student | {"logits that are drawn from": logits},
         "update": always
-        | kept
+        | gathered.teacher
+        | gathered.update
         | {
             "gradients": trained,
-            "kept for backward": at_once * tokens * per_token + once,
-            "teacher's forward": waits + at_once * tokens * forward_only_bytes(run, teacher),
-            "hidden states": (at_once * tokens + scored) * (hidden_bytes(run, student) + hidden_bytes(run, teacher)),
+            "kept for backward": read * per_token + once,
+            "teacher's forward": waits + read_by_teacher * forward_only_bytes(run, teacher),
+            "hidden states": (read + scored) * hidden_bytes(run, student)
+            + (read_by_teacher + scored) * hidden_bytes(run, teacher),
             "divergence": workspace_bytes(run, scored),
         },
-        "optimizer": always | kept | {"gradients": trained, "temporary": trained},
+        "optimizer": always | {"gradients": trained, "temporary": trained},
     }
     settings = config.monitoring
     if settings.probe_every is not None:
-        length = longest + settings.probe_tokens
-        answers = min(rows, settings.probe_prompts)
+        length = run.prompts.longest + settings.probe_tokens
+        answers = min(rows, -(-settings.probe_prompts // launch.processes))
         stages["probe"] = (
             always
-            | kept
+            | gathered.student
+            | gathered.teacher
             | {
                 "KV cache of the probe": answers * length * cache,
                 "forwards of one answer": waits
@@ -104,7 +114,20 @@ def estimate_memory(run: TrainingRun) -> MemoryEstimate:
                 "divergence": workspace_bytes(run, settings.probe_tokens),
             }
         )
+    if launch.is_student_sharded:
+        stages["saving"] = always | gathered.student | gathered.moments
     return MemoryEstimate(stages)
+
+
+def tokens_read(run: TrainingRun, model, rows: int) -> int:
+    """Tokens that a model reads in one forward of so many rows, at most: padded rows are all as long as the longest, packed ones
+    have the longest prompts once each before any comes again."""
+    rollout, prompts = run.config.rollout, run.prompts
+    if packing_of(model) is Packing.NONE or isinstance(prompts, PromptStream):
+        return rows * (prompts.longest + rollout.horizon)
+    longest_first = cycle(sorted(prompts.lengths, reverse=True))
+    drawn = sum(islice(longest_first, rows // rollout.samples_per_prompt))
+    return drawn * rollout.samples_per_prompt + rows * rollout.horizon
 
 
 def width_of(model) -> int:
@@ -145,7 +168,7 @@ def cache_bytes_per_token(run: TrainingRun) -> int:
 
 def forward_bytes(run: TrainingRun) -> tuple[int, int]:
     """What the student's forward keeps for backward: bytes a token, and bytes for any number of tokens (copies of weights that
-    autocast makes). Two forwards of different lengths, in eval mode, where no layer is computed again.
+    autocast makes, of all weights with shards too). Two forwards of other lengths, in eval mode: no layer is computed again.
 
     On a device other than the one that will train, attention may keep other tensors.
     """
@@ -187,17 +210,36 @@ def kept_for_backward(run: TrainingRun, count: int) -> int:
     return total
 
 
-def memory_finding(run: TrainingRun, estimate: MemoryEstimate) -> Finding:
-    """The estimate against what the device has, where it is a CUDA device."""
+def memory_finding(run: TrainingRun, estimate: MemoryEstimate, launch: PlannedLaunch = ONE_PROCESS) -> Finding:
+    """The estimate against what the device has, where it is a CUDA device, and what was left out of it."""
     peaks = estimate.peaks
     worst = max(peaks, key=peaks.get)
-    values = {"stages": estimate.stages, "peaks": peaks, "is_estimate": True}
-    message = "an estimate: " + ", ".join(f"{name} {peak / GIB:.2f} GiB" for name, peak in peaks.items())
+    values = {
+        "stages": estimate.stages,
+        "peaks": peaks,
+        "is_estimate": True,
+        "processes": launch.processes,
+        "shard": launch.options.shard,
+    }
+    found = ", ".join(f"{name} {peak / GIB:.2f} GiB" for name, peak in peaks.items())
+    message = f"an estimate for {launch.describe()}: {found}; not counted: {', '.join(left_out(run))}"
     if run.device.type != "cuda":
-        return Finding("memory", "ok", f"{message}; no CUDA device to compare with", values=values)
+        message += f"; no CUDA device to compare with; the divergence is counted as the {run.device.type} takes it"
+        return Finding("memory", "ok", message, values=values)
+    if launch.processes > 1:
+        message += "; whether the other processes' devices are like this one cannot be known here"
     free, total = torch.cuda.mem_get_info(run.device)
     available = free + torch.cuda.memory_reserved(run.device)  # what this check itself has is there for the run
     return compare_memory(message, worst, peaks[worst], available, values | {"available": available, "total": total})
+
+
+def left_out(run: TrainingRun) -> list[str]:
+    """In words."""
+    found = ["loading", "evaluation"]
+    is_packed = any(packing_of(model) is not Packing.NONE for model in (run.student, run.teacher))
+    if is_packed and isinstance(run.prompts, PromptStream):
+        found.append("what packing saves (how long the prompts of a stream will be cannot be known)")
+    return found
 
 
 def compare_memory(message: str, worst: str, peak: int, available: int, values: dict) -> Finding:
@@ -205,7 +247,8 @@ def compare_memory(message: str, worst: str, peak: int, available: int, values: 
     message += f"; of {available / GIB:.2f} GiB that are free"
     fix = (
         f"lower rollout.batch_size or rollout.horizon, or set model.gradient_checkpointing, model.lora.use_peft, "
-        f"model.teacher_offload or a 16-bit model.teacher_dtype (most is wanted in the stage {worst})"
+        f"model.teacher_offload, a 16-bit model.teacher_dtype or, with several processes, devices.shard (most is wanted in the "
+        f"stage {worst})"
     )
     if peak > available:
         return Finding("memory", "error", message, fix, values)

@@ -26,7 +26,7 @@ class EvaluationConfig:
         top_p: Keep the smallest set of tokens whose probability reaches top_p; 1 is off.
         min_p: Drop tokens less probable than min_p times the most probable one; 0 is off.
         seed: Seed of sampling, the same in every evaluation of a run.
-        batch_size: Replies drawn at a time.
+        batch_size: Replies drawn at a time, in each process.
         limit: Use only the first this many problems.
     """
 
@@ -68,6 +68,8 @@ class EvalConfig:
         attn_implementation: Attention, by transformers' name; auto is flash_attention_2 where flash-attn is installed and the
             model runs in 16 bits on a CUDA device, else sdpa.
         device: Where the model lives; auto takes CUDA when there is one.
+        model_gguf_file: Name of a GGUF file in model, from which weights and tokenizer are read (package gguf).
+        trust_remote_code: Run Python code that comes with the model. Read it first.
         scorer: How the answer is found in a reply and compared; number_after_hash and last_number compare numbers, boxed_exact
             the text of the last box without spacing, boxed_math its mathematics (needs math-verify).
         max_tokens: Response tokens after which a reply counts as cut.
@@ -95,6 +97,8 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    model_gguf_file: str | None = None
+    trust_remote_code: bool = False
     scorer: ScorerName = "last_number"
     max_tokens: int = 512
     samples_per_problem: int = 1
@@ -113,6 +117,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require(bool(self.model), "model", "a hub id or a local folder", self.model)
         require(bool(self.prompts), "prompts", "the path of a JSONL file", self.prompts)
+        gguf_file = self.model_gguf_file
+        require(gguf_file != "", "model_gguf_file", "the name of a file or unset", gguf_file)
         check_replies(self, "")
         is_greedy = self.sampling_temperature == 0
         must_be = "inprocess for a sampling_temperature above 0"

@@ -176,3 +176,15 @@ class SelectionConfig:
             "false unless selection.weights are given",
             True,
         )
+
+    @property
+    def compares_rollouts(self) -> str | None:
+        """The first option that compares the rollouts of a whole batch, None where each is looked at by itself."""
+        for rule in self.rules:
+            if rule.kind in ("divergence_share", "rows"):
+                return f"kind {rule.kind} in selection.rules"
+            if rule.scope == "batch":
+                return "scope batch in selection.rules"
+            if rule.score == "tip":
+                return "score tip in selection.rules"
+        return "selection.rescale_weights" if self.rescale_weights else None

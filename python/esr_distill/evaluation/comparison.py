@@ -16,6 +16,7 @@ from esr_distill.prompts import PromptRecord
 NAMED_OPTIONS = (
     "chat_template",
     "system_prompt",
+    "model_gguf_file",
     "dtype",
     "max_tokens",
     "samples_per_problem",

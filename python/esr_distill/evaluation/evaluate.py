@@ -1,6 +1,6 @@
 """Measure a model: its accuracy on problems, greedy or over samples, and the divergence by response position."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import DataConfig, EvaluationConfig
+from esr_distill.devices import Devices
+from esr_distill.devices.shares import in_order, share_of
 from esr_distill.distill_loss import choose_impl
 from esr_distill.evaluation.accuracy import Accuracy
 from esr_distill.evaluation.grades import Grades, Reply, grade_replies
@@ -81,21 +83,34 @@ class Evaluation:
         preflight.fit_prompts(problems, limit=limit, limit_source=source, long_prompts="error", option=option)
         return cls(problems, tokenizer, settings, stop, rollouts or InProcessBackend())
 
-    def accuracy(self, model: PreTrainedModel, console: Console | None = None) -> Accuracy:
-        """Answer every problem and score the replies; shows progress on `console` if one is given."""
-        return self.score(self.replies(model, console))
+    def accuracy(
+        self, model: PreTrainedModel, console: Console | None = None, devices: Devices | None = None
+    ) -> Accuracy:
+        """Answer every problem and score the replies, the same in all processes; shows progress on `console` if one is given."""
+        return self.score(self.replies(model, console, devices))
 
-    def replies(self, model: PreTrainedModel, console: Console | None = None) -> list[Reply]:
-        """The replies to each problem, in order, the `samples_per_problem` of one problem next to each other.
+    def replies(
+        self, model: PreTrainedModel, console: Console | None = None, devices: Devices | None = None
+    ) -> list[Reply]:
+        """The replies to each problem, in order, the `samples_per_problem` of one problem next to each other. With `devices` each
+        process draws its share of them, and all call it.
 
-        Each is drawn from a random stream of its own, named by (seed, problem, sample), as training rollouts are, so the batch
-        size changes no random number. It may change the last bits of logits, where matrix products depend on their shape.
+        Each is drawn from a random stream of its own, named by (seed, problem, sample), as training rollouts are, so neither
+        batch size nor number of processes changes a random number. They may change the last bits of logits, where matrix
+        products depend on their shape.
         """
-        settings = self.settings
+        settings, count = self.settings, len(self.problems.token_ids)
+        devices = devices or Devices(self.problems.device)
         batches = self.batches(
-            model, settings.sampler, settings.seed, console, samples_per_problem=settings.samples_per_problem
+            model,
+            settings.sampler,
+            settings.seed,
+            console,
+            samples_per_problem=settings.samples_per_problem,
+            problems=share_of(count, devices),
         )
-        return [reply for rollouts in batches for reply in decode_replies(rollouts, self.tokenizer)]
+        replies = [reply for rollouts in batches for reply in decode_replies(rollouts, self.tokenizer)]
+        return in_order(replies, count * settings.samples_per_problem, devices)
 
     def grade(self, replies: list[Reply]) -> Grades:
         """What is right about each reply; `replies` are as the method of this name gives them."""
@@ -131,16 +146,20 @@ class Evaluation:
         console: Console | None = None,
         *,
         samples_per_problem: int = 1,
+        problems: Sequence[int] | None = None,
     ) -> Iterator[RolloutBatch]:
-        """Rollouts of all problems in order, at most `settings.batch_size` at a time; then the backend's memory is free."""
-        pieces = split_replies(len(self.problems.token_ids), samples_per_problem, self.settings.batch_size)
+        """Rollouts of these problems, or of all, in order, at most `settings.batch_size` at a time; then the backend's memory is
+        free."""
+        problems = range(len(self.problems.token_ids)) if problems is None else problems
+        pieces = split_replies(len(problems), samples_per_problem, self.settings.batch_size)
         if console is not None:
             pieces = track(pieces, "evaluating", console=console, transient=True)
-        for problems, samples in pieces:
+        for places, samples in pieces:
+            asked = [problems[place] for place in places]
             prompts = pad_prompts(
                 self.problems,
-                [problem for problem in problems for _ in samples],
-                request_ids=[problem + sample * SAMPLE_STRIDE for problem in problems for sample in samples],
+                [problem for problem in asked for _ in samples],
+                request_ids=[problem + sample * SAMPLE_STRIDE for problem in asked for sample in samples],
                 samples_per_prompt=len(samples),
             )
             yield generate_rollouts(

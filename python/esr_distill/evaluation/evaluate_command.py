@@ -39,9 +39,10 @@ def evaluate_model(config: EvalConfig) -> int:
     if config.output is not None:
         check_output(Path(config.output))
     device = choose_device(config.device)
-    tokenizer = load_tokenizer(config.model, "model")
+    files = {"gguf_file": config.model_gguf_file, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config.model, "model", **files)
     attention = choose_attention(config.attn_implementation, device, is_in_16_bits=config.dtype == "bfloat16")
-    model = load_model(config.model, "model", dtype=config.dtype, attn_implementation=attention, device=device)
+    model = load_model(config.model, "model", dtype=config.dtype, attn_implementation=attention, device=device, **files)
     evaluation = Evaluation.prepare(
         records,
         tokenizer,

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esr_distill.config import TrainConfig
+from esr_distill.devices.sharding import whole_head
 from esr_distill.hidden_states import output_head
 from esr_distill.models.teacher import Teacher
 from esr_distill.prompts import PromptSet, PromptStream, pad_prompts
@@ -70,7 +71,7 @@ def describe_discarded_mass(
             :, -1
         ]
         of_student = discarded_mass(student_hidden_B_D, output_head(student), **asked)
-        of_teacher = discarded_mass(teacher_hidden_B_E, output_head(teacher), **asked)
+        of_teacher = discarded_mass(teacher_hidden_B_E, whole_head(output_head(teacher)), **asked)
     parts = [
         f"{name} {mass.mean:.3g} (at most {mass.largest:.3g})"
         for name, mass in (("student", of_student), ("teacher", of_teacher))

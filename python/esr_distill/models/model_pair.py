@@ -8,6 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill import preflight
 from esr_distill.config import ModelConfig, TrainConfig
+from esr_distill.devices import Devices
+from esr_distill.devices.sharded_loading import load_in_shards
+from esr_distill.devices.sharding import is_sharded
 from esr_distill.hidden_states import check_output_head, pack_rows
 from esr_distill.input_error import InputError
 from esr_distill.models import choose_attention, load_model, load_tokenizer
@@ -49,13 +52,15 @@ def student_autocast(config: TrainConfig, device: torch.device) -> AbstractConte
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast)
 
 
-def load_pair(config: TrainConfig, device: torch.device, checkpoint: str | None = None) -> ModelPair:
+def load_pair(config: TrainConfig, devices: Devices, checkpoint: str | None = None) -> ModelPair:
     """Load and check both models. `checkpoint` has the student's weights, or its adapter's, from where the run goes on.
+
+    The student is whole in every process; a teacher that `devices.shard` names is in shards already.
 
     Raises:
         InputError: a model that cannot be used, or two that do not belong together.
     """
-    settings = config.model
+    settings, device = config.model, devices.device
     tokenizer = load_tokenizer(
         settings.student,
         "model.student",
@@ -74,7 +79,12 @@ def load_pair(config: TrainConfig, device: torch.device, checkpoint: str | None 
     attention = choose_attention(settings.attn_implementation, device, is_in_16_bits=settings.is_in_16_bits)
     packing = choose_packing(settings.packing, attention, device, is_in_16_bits=settings.is_in_16_bits)
     student = load_student(config, attention, device, checkpoint)
-    teacher = student if settings.is_teacher_base else load_teacher(settings, attention, device)
+    if settings.is_teacher_base:
+        teacher = student
+    elif config.devices.shard == "both":
+        teacher = load_sharded_teacher(settings, attention, devices)
+    else:
+        teacher = load_teacher(settings, attention, device)
     preflight.check_vocab_sizes(student, teacher, config)
     preflight.check_token_ids(tokenizer, student, teacher, config)
     with student_autocast(config, device):
@@ -83,7 +93,8 @@ def load_pair(config: TrainConfig, device: torch.device, checkpoint: str | None 
     if settings.is_teacher_base:
         return ModelPair(student, AdapterFreeTeacher(student), tokenizer, theirs, attention, rows)
     with on_device(teacher.parameters() if settings.teacher_offload else (), device):
-        check_output_head(teacher, "model.teacher")
+        if not is_sharded(teacher):
+            check_output_head(teacher, "model.teacher")
         teacher_rows = pack_rows(teacher, packing, "model.teacher", or_pad=settings.packing == "auto")
     return ModelPair(
         student,
@@ -131,18 +142,40 @@ def load_student(
 
 def load_teacher(settings: ModelConfig, attention: str, device: torch.device) -> PreTrainedModel:
     """The frozen model that scores, on the device, or on the CPU where it is to be offloaded."""
-    waits_on_cpu = settings.teacher_offload
+    if settings.teacher_offload:
+        teacher = read_teacher(settings, on_cpu(attention), torch.device("cpu"))
+        teacher.set_attn_implementation(attention)
+        return teacher
+    return read_teacher(settings, attention, device)
+
+
+def load_sharded_teacher(settings: ModelConfig, attention: str, devices: Devices) -> PreTrainedModel:
+    """The frozen model that scores, in shards. Its head is checked where it is whole."""
+
+    def load() -> PreTrainedModel:
+        teacher = read_teacher(settings, on_cpu(attention), torch.device("cpu"))
+        check_output_head(teacher, "model.teacher")
+        teacher.set_attn_implementation(attention)
+        return teacher
+
+    return load_in_shards(load, devices, "model.teacher")
+
+
+def on_cpu(attention: str) -> str:
+    """The attention to load a model with that is to run elsewhere: its own one may need a GPU to be there."""
+    return attention if attention == "eager" else "sdpa"
+
+
+def read_teacher(settings: ModelConfig, attention: str, device: torch.device) -> PreTrainedModel:
     teacher = load_model(
         settings.teacher,
         "model.teacher",
         dtype=settings.teacher_dtype,
-        attn_implementation="sdpa" if waits_on_cpu else attention,
-        device=torch.device("cpu") if waits_on_cpu else device,
+        attn_implementation=attention,
+        device=device,
         gguf_file=settings.teacher_gguf_file,
         trust_remote_code=settings.trust_remote_code,
     )
-    if waits_on_cpu:
-        teacher.set_attn_implementation(attention)  # which may be one that a CPU does not have
     return teacher.requires_grad_(False)
 
 

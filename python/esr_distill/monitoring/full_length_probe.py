@@ -1,10 +1,11 @@
 """What training on prefixes never sees: some prompts answered at full length, all of it scored by the teacher.
 
 A probe changes nothing of the run. It draws from random streams of its own with a backend of its own, in eval mode and without
-gradients, and puts torch's generators back as it found them.
+gradients, and puts torch's generators back as it found them. Several processes each answer and score their share of the prompts.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from esr_distill import preflight
 from esr_distill.config import MonitoringConfig
+from esr_distill.devices import Devices
+from esr_distill.devices.shares import in_order, share_of
 from esr_distill.evaluation.accuracy import estimate_mean
 from esr_distill.evaluation.evaluate import decode_replies
 from esr_distill.evaluation.grades import Reply, grade_replies
@@ -38,13 +41,14 @@ FIRST_REQUEST = 2**62
 
 @dataclass(frozen=True)
 class FullLengthProbe:
-    """The prompts of a probe, ready to be answered again and again."""
+    """The prompts of a probe, ready to be answered again and again, `batch_size` at a time in each of the processes `devices`."""
 
     prompts: PromptSet
     settings: MonitoringConfig
     scorer: str
     batch_size: int
     rollouts: RolloutBackend
+    devices: Devices
 
     @classmethod
     def prepare(cls, run: TrainingRun) -> "FullLengthProbe | None":
@@ -69,27 +73,30 @@ class FullLengthProbe:
             SCORERS[config.evaluation.scorer].check("evaluation.scorer", config.evaluation.scorer)
         # The training backend keeps cache and captured steps for the horizon; a longer one would make it drop them.
         backend = make_backend(config.rollout)
-        return cls(prompts, config.monitoring, config.evaluation.scorer, config.rollout.batch_size, backend)
+        batch_size = config.rollout.batch_size // run.devices.world_size
+        return cls(prompts, config.monitoring, config.evaluation.scorer, batch_size, backend, run.devices)
 
     @torch.no_grad()
     def measure(self, run: TrainingRun, trained_tokens: int) -> dict:
-        """Answer the prompts with the student's present weights and score the answers, as JSON values.
+        """Answer the prompts with the student's present weights and score the answers, as JSON values: the same in all processes,
+        which all call it, but for the seconds.
 
         `trained_tokens` are the first tokens of a rollout that training sees now; what lies behind them is told apart.
         """
         start = time.perf_counter()
-        devices = [run.device] if run.device.type == "cuda" else []
-        replies: list[Reply] = []
-        scored: list[tuple[DivergenceOutput, Tensor]] = []
-        with eval_mode(run.student), torch.random.fork_rng(devices=devices):
+        generators = [run.device] if run.device.type == "cuda" else []
+        answers: list[tuple[Reply, DivergenceOutput, Tensor]] = []
+        with eval_mode(run.student), torch.random.fork_rng(devices=generators):
             for prompts in self._batches():
                 with run.autocast():
                     rollouts = self.rollouts.generate(run.student, prompts, self._request(run))
-                replies += decode_replies(rollouts, run.tokenizer)
-                scored += [self._score(run, prompts, rollouts, row) for row in range(rollouts.batch_size)]
+                for row, reply in enumerate(decode_replies(rollouts, run.tokenizer)):
+                    answers.append((reply, *self._score(run, prompts, rollouts, row)))
             self.rollouts.release()
-        divergence = DivergenceOutput(*(torch.cat(fields) for fields in zip(*(d for d, _ in scored), strict=True)))
-        slot_N = torch.cat([slots for _, slots in scored])
+        answers = in_order(answers, len(self.prompts.token_ids), self.devices)
+        replies, divergences, slots = zip(*answers, strict=True)
+        divergence = DivergenceOutput(*map(torch.cat, zip(*divergences, strict=True)))
+        slot_N = torch.cat(slots)
         is_behind_N = slot_N >= trained_tokens
         return {
             "prompts": len(replies),
@@ -114,22 +121,25 @@ class FullLengthProbe:
         return replace(run.rollout_request, horizon=self.settings.probe_tokens, seed=self.settings.probe_seed)
 
     def _batches(self) -> list[PromptBatch]:
-        count = len(self.prompts.token_ids)
-        pieces = [range(first, min(first + self.batch_size, count)) for first in range(0, count, self.batch_size)]
+        """The prompts of this process."""
+        share = share_of(len(self.prompts.token_ids), self.devices)
+        pieces = [share[first : first + self.batch_size] for first in range(0, len(share), self.batch_size)]
         return [pad_prompts(self.prompts, piece, [FIRST_REQUEST + i for i in piece]) for piece in pieces]
 
     def _score(
         self, run: TrainingRun, prompts: PromptBatch, rollouts: RolloutBatch, row: int
     ) -> tuple[DivergenceOutput, Tensor]:
-        """The training divergence at every token of one answer, and the tokens' positions. One by one: answers are long."""
+        """The training divergence at every token of one answer, and the tokens' positions, on the CPU. One by one: answers are
+        long."""
         prompts, rollouts = rows_of(prompts, rollouts, slice(row, row + 1))
         with run.autocast():
             student_hidden_1_T_D = last_hidden_states(run.student, rollouts)
         teacher_hidden_1_T_E = teacher_hidden_states(run.teacher, rollouts, prompts)
         positions = select_prefix_positions(rollouts, self.settings.probe_tokens)
-        return score_positions(run, student_hidden_1_T_D, teacher_hidden_1_T_E, positions), positions.slot_N
+        divergence = score_positions(run, student_hidden_1_T_D, teacher_hidden_1_T_E, positions)
+        return DivergenceOutput(*(value_N.cpu() for value_N in divergence)), positions.slot_N.cpu()
 
-    def _accuracy(self, replies: list[Reply]) -> dict:
+    def _accuracy(self, replies: Sequence[Reply]) -> dict:
         """Over the prompts whose answer is known, None where none is."""
         expected = [None if text is None else expected_answer(text, self.scorer) for text in self.prompts.answers]
         known = [place for place, answer in enumerate(expected) if answer is not None]

@@ -51,19 +51,30 @@ class TokenSelection:
 
     def weights_N(self, positions: PrefixPositions, divergence: DivergenceOutput) -> Tensor:
         """Weight of each candidate, float32 and detached; 0 where it is not kept."""
-        rules = self.config.rules
-        kept_N = torch.ones_like(positions.row_N, dtype=torch.bool)
-        if any(rule.needs_scores for rule in rules):
-            kept = [
-                mask_of_scored_rule(rule, positions, divergence)
-                if mask is None
-                else mask[positions.row_N, positions.slot_N]
-                for rule, mask in zip(rules, self.masks, strict=True)
-            ]
-            kept_N = torch.stack(kept).all(0) if self.config.combine == "all" else torch.stack(kept).any(0)
-        weights_N = kept_N.float()
-        for rule in self.config.weights:
-            weights_N = weights_N * factor_of(rule, positions, divergence)
-        if self.config.rescale_weights:
-            weights_N = weights_N * (kept_N.sum() / weights_N.sum().clamp_min(torch.finfo(torch.float32).tiny))
-        return weights_N
+        return weights_of(self.config, self.kept_before_N(positions), positions, divergence)
+
+    def kept_before_N(self, positions: PrefixPositions) -> list[Tensor | None]:
+        """Which candidates each rule keeps; None for the rules that need scores."""
+        return [None if mask is None else mask[positions.row_N, positions.slot_N] for mask in self.masks]
+
+
+def weights_of(
+    config: SelectionConfig,
+    kept_before_N: list[Tensor | None],
+    positions: PrefixPositions,
+    divergence: DivergenceOutput,
+) -> Tensor:
+    """`TokenSelection.weights_N` of candidates of any batch, given what rules without scores keep of them."""
+    kept_N = torch.ones_like(positions.row_N, dtype=torch.bool)
+    if any(rule.needs_scores for rule in config.rules):
+        kept = [
+            mask_of_scored_rule(rule, positions, divergence) if known_N is None else known_N
+            for rule, known_N in zip(config.rules, kept_before_N, strict=True)
+        ]
+        kept_N = torch.stack(kept).all(0) if config.combine == "all" else torch.stack(kept).any(0)
+    weights_N = kept_N.float()
+    for rule in config.weights:
+        weights_N = weights_N * factor_of(rule, positions, divergence)
+    if config.rescale_weights:
+        weights_N = weights_N * (kept_N.sum() / weights_N.sum().clamp_min(torch.finfo(torch.float32).tiny))
+    return weights_N
