@@ -25,7 +25,7 @@ def missing(names: list[str]) -> list[str]:
 def test_the_extra_test_is_installed():
     """Tests of optional features are skipped without their package; here is said that it was to be there."""
     names = extra("test")
-    assert {"peft", "gguf", "accelerate", "pyarrow", "datasets", "math-verify"} <= set(names)
+    assert {"peft", "gguf", "accelerate", "pyarrow", "datasets", "math-verify", "trl"} <= set(names)
     assert missing(names) == []
 
 
