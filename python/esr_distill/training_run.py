@@ -110,7 +110,7 @@ def prepare_run(
             stop=stop,
             model=student,
             device=device,
-            rollouts=make_backend(config.rollout),
+            rollouts=make_backend(config.rollout, devices=devices),
         )
     console.print(f"{pair.describe(config.model)}, {device.type}, attention {pair.attention}, rows {pair.rows}")
     if config.loss.vocab_size is not None:
@@ -121,7 +121,7 @@ def prepare_run(
     impl = choose_impl(device)
     why = "Triton kernels" if impl is Impl.FUSED else "plain PyTorch: the kernels need a CUDA device"
     console.print(f"divergence: {impl.value} ({why})")
-    rollouts = make_backend(config.rollout, console)
+    rollouts = make_backend(config.rollout, console, devices)
     console.print(rollouts.describe(student))
     request = RolloutRequest(
         config.rollout.horizon,

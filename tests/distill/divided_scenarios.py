@@ -5,10 +5,12 @@ from pathlib import Path
 
 from rich.console import Console
 from small_runs import small_config
+from vllm_stub import VllmStub
 
 import esr_distill.monitoring.full_length_probe as probe_module
-from esr_distill.config import DevicesConfig, EvaluationConfig, MonitoringConfig
+from esr_distill.config import DevicesConfig, EvaluationConfig, MonitoringConfig, RolloutConfig
 from esr_distill.devices import Devices
+from esr_distill.input_error import InputError
 from esr_distill.monitoring.full_length_probe import FullLengthProbe
 from esr_distill.rollout.rollout_batch import RolloutBatch
 from esr_distill.train import train
@@ -65,6 +67,42 @@ def divided(folder: Path, devices: Devices) -> dict:
                 record = probe.measure(run.with_whole_student(student), 5)
                 result["probes"][count] = record, probe.rollouts.request_ids, len(calls)
         found[shard] = result
+    return found
+
+
+def served(folder: Path, devices: Devices) -> dict:
+    """Two steps, evaluated and probed, whose rollouts one server draws for all processes; then the server refuses."""
+    stub = VllmStub() if devices.is_main else None
+    url = devices.from_main(stub.url if devices.is_main else None)
+    name = f"served-{devices.world_size}"
+    config = small_config(
+        folder,
+        name,
+        2,
+        rollout=RolloutConfig(
+            horizon=9,
+            batch_size=8,
+            sampling_temperature=1.0,
+            top_p=1.0,
+            backend="vllm",
+            vllm_url=url,
+            vllm_weights_folder=str(folder / f"weights-{name}"),
+        ),
+        evaluation=EvaluationConfig(str(folder / "problems.jsonl"), every=2, max_tokens=6),
+        monitoring=MonitoringConfig(probe_every=2, probe_prompts=3, probe_tokens=12),
+    )
+    train(config, QUIET)
+    found = {}
+    if devices.is_main:
+        drawn = sorted((prompt, ids) for prompt, ids in stub.drawn)
+        found = {"drawn": drawn, "loaded": len(stub.loaded)}
+        stub.refuse["/v1/completions"] = 503, {"error": "busy"}
+    try:
+        train(replace(config, run=replace(config.run, output_dir=str(folder / f"{name}-refused"))), QUIET)
+    except InputError as error:
+        found["error"] = str(error)
+    if devices.is_main:
+        stub.stop()
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from divided_scenarios import divided, fails
+from divided_scenarios import divided, fails, served
 from rich.console import Console
 from small_runs import small_config
 from tiny_models import make_model, make_rollouts
@@ -301,7 +301,19 @@ def dies(folder: Path, devices: Devices) -> dict:
 
 SCENARIOS: dict[str, Callable[[Path, Devices], dict]] = {
     scenario.__name__: scenario
-    for scenario in (losses, empty, whole_run, adapter, sharded, sharded_bodies, sharded_loading, divided, dies, fails)
+    for scenario in (
+        losses,
+        empty,
+        whole_run,
+        adapter,
+        sharded,
+        sharded_bodies,
+        sharded_loading,
+        divided,
+        served,
+        dies,
+        fails,
+    )
 }
 
 

@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
     """What the scenarios left, in one process and in two."""
     folder = tmp_path_factory.mktemp("devices")
     make_folder(folder)
-    names = ["losses", "empty", "whole_run", "sharded", "sharded_bodies", "sharded_loading", "divided"]
+    names = ["losses", "empty", "whole_run", "sharded", "sharded_bodies", "sharded_loading", "divided", "served"]
     try:
         import peft  # noqa: F401
 
@@ -240,6 +240,16 @@ def test_a_checkpoint_of_shards_is_one_of_a_single_process(folder, shard):
         assert states[1][index]["step"] == entry["step"] == 3
         for name in ("exp_avg", "exp_avg_sq"):
             assert (states[1][index][name] - entry[name]).norm() <= 1e-4 * entry[name].norm()
+
+
+def test_a_vllm_server_draws_for_all_processes_what_it_draws_for_one(folder):
+    one, *two = found(folder, "served", 0, 1), found(folder, "served", 0, 2), found(folder, "served", 1, 2)
+    assert one["loaded"] == two[0]["loaded"] > 2
+    distinct = [{(tuple(prompt), tuple(ids)) for prompt, ids in side["drawn"]} for side in (one, two[0])]
+    assert distinct[0] == distinct[1] and len(distinct[0]) > 20
+    assert losses_of(folder / "served-2") == pytest.approx(losses_of(folder / "served-1"), rel=1e-5)
+    for side in (one, *two):
+        assert "must accept POST /v1/completions, got status 503 (busy)" in side["error"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -145,11 +145,6 @@ TWO = Devices(CPU, 0, 2)
             "rollout.overlap_teacher must be false with optimizer.accumulation_steps = 2",
         ),
         (
-            {"rollout": RolloutConfig(batch_size=8, backend="vllm", vllm_url="http://h:1", vllm_weights_folder="w")},
-            TWO,
-            "rollout.backend must be .*with 2 processes.*got 'vllm'",
-        ),
-        (
             {"devices": DevicesConfig("both")},
             Devices(CPU),
             "devices.shard must be none in a run of one process, got 'both'",

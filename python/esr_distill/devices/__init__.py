@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from torch import distributed
+
+from esr_distill.input_error import InputError
 
 __all__ = ["Devices"]
 
@@ -63,3 +66,20 @@ class Devices:
         values = [value]
         distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+    def done_by_main(self, work: Callable[[], object]) -> object:
+        """What `work` gives in the main process, which alone does it. Tensors must be on the CPU.
+
+        Raises:
+            InputError, FloatingPointError: as `work` did, in every process, so that none waits for what does not come.
+        """
+        found = error = None
+        if self.is_main:
+            try:
+                found = work()
+            except (InputError, FloatingPointError) as raised:
+                error = raised
+        found, error = self.from_main((found, error))
+        if error is not None:
+            raise error
+        return found

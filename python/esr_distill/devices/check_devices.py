@@ -28,11 +28,6 @@ def check_devices(config: TrainConfig, devices: Devices) -> None:
             f"rollout.overlap_teacher must be false with optimizer.accumulation_steps = {parts}, since the teacher reads "
             "all prompts at once, got true"
         )
-    if processes > 1 and rollout.backend == "vllm":
-        raise InputError(
-            f"rollout.backend must be inprocess or hf_generate with {processes} processes, of which each would send the weights "
-            "to the server, got 'vllm'"
-        )
     if config.devices.shard != "none":
         check_shards(config, devices)
 

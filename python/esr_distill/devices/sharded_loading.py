@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from esr_distill.devices import Devices
 from esr_distill.devices.sharding import shard_model
-from esr_distill.input_error import InputError
 
 
 def load_in_shards(load: Callable[[], PreTrainedModel], devices: Devices, option: str) -> PreTrainedModel:
@@ -23,16 +22,13 @@ def load_in_shards(load: Callable[[], PreTrainedModel], devices: Devices, option
         InputError: what `load` raised in the main process, in every process.
     """
     weights: dict[str, Tensor] = {}
-    outline = error = None
-    if devices.is_main:
-        try:
-            model = load()
-            weights, outline = dict(model.named_parameters()), without_weights(model)
-        except InputError as raised:
-            error = raised
-    outline, error = devices.from_main((outline, error))
-    if error is not None:
-        raise error
+
+    def read() -> PreTrainedModel:
+        model = load()
+        weights.update(model.named_parameters())
+        return without_weights(model)
+
+    outline = devices.done_by_main(read)
     shard_model(outline, devices, option)
     outline._apply(lambda tensor: on_device(tensor, devices.device))
     with torch.no_grad():

@@ -72,7 +72,7 @@ class FullLengthProbe:
         if any(answer is not None for answer in prompts.answers):
             SCORERS[config.evaluation.scorer].check("evaluation.scorer", config.evaluation.scorer)
         # The training backend keeps cache and captured steps for the horizon; a longer one would make it drop them.
-        backend = make_backend(config.rollout)
+        backend = make_backend(config.rollout, devices=run.devices)
         batch_size = config.rollout.batch_size // run.devices.world_size
         return cls(prompts, config.monitoring, config.evaluation.scorer, batch_size, backend, run.devices)
 

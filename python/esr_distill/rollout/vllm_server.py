@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from esr_distill.devices import Devices
 from esr_distill.input_error import InputError
 from esr_distill.prompts import PromptBatch
 from esr_distill.rollout.rollout_batch import RolloutBatch
@@ -54,6 +55,7 @@ class VllmServerBackend:
         weights_folder_on_server: path of that folder on the server; the same by default.
         concurrency: rows that are asked for at a time.
         timeout_s: seconds without an answer after which a call fails: for loading the weights, or for one response.
+        devices: the processes that draw together: the main one pushes its weights and asks for the rows of all of them.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class VllmServerBackend:
         weights_folder_on_server: str | None = None,
         concurrency: int = 64,
         timeout_s: float = 600.0,
+        devices: Devices | None = None,
     ) -> None:
         if concurrency < 1:
             raise InputError(f"rows asked of a vLLM server at a time must be >= 1, got {concurrency!r}")
         self.server, self.concurrency = VllmHttp(url, timeout_s), concurrency
         self.weights = VllmWeights(self.server, weights_folder, weights_folder_on_server)
+        self.devices = devices or Devices(torch.device("cpu"))
 
     def release(self) -> None:
         """Nothing is held here: the memory is the server's."""
@@ -91,12 +95,24 @@ class VllmServerBackend:
         width = model.get_output_embeddings().weight.shape[0]
         limit = width if request.vocab_size is None else request.vocab_size
         check_sampler(request.sampler, num_cut=width - limit)
-        name, max_tokens = self._model_card()
         rows = [
             ids_P[mask_P].tolist()
             for ids_P, mask_P in zip(prompts.prompt_ids_B_P.cpu(), prompts.prompt_mask_B_P.bool().cpu(), strict=True)
         ]
-        longest = max(map(len, rows))
+        of_processes = self.devices.gathered(list(zip(rows, prompts.request_ids_B.tolist(), strict=True)))
+        everybodys = [row for rows in of_processes for row in rows]
+        mode, drawn = self.devices.done_by_main(lambda: self._draw_all(model, everybodys, request))
+        first = sum(map(len, of_processes[: self.devices.rank]))
+        return collect_rows(prompts, drawn[first : first + len(rows)], request, mode, is_cut=limit < width)
+
+    def _draw_all(
+        self, model: PreTrainedModel, rows: list[tuple[list[int], int]], request: RolloutRequest
+    ) -> tuple[str, list[DrawnRow]]:
+        """The server's logprobs mode, and a response for each (prompt, request id)."""
+        width = model.get_output_embeddings().weight.shape[0]
+        limit = width if request.vocab_size is None else request.vocab_size
+        name, max_tokens = self._model_card()
+        longest = max(len(prompt) for prompt, _ in rows)
         if longest + request.horizon > max_tokens:
             raise self.server.error(
                 "have room (--max-model-len) for prompt and horizon",
@@ -106,16 +122,14 @@ class VllmServerBackend:
 
         self.weights.push(model)
         asked = sampling_fields(request, width) | {"model": name}
-        seeds = [row_seed(request.seed, request_id) for request_id in prompts.request_ids_B.tolist()]
-        bodies = [asked | {"prompt": row, "seed": seed} for row, seed in zip(rows, seeds, strict=True)]
+        bodies = [asked | {"prompt": prompt, "seed": row_seed(request.seed, number)} for prompt, number in rows]
         with ThreadPoolExecutor(self.concurrency) as pool:
             drawn = list(pool.map(lambda body: self._draw(body, request, limit), bodies))
         if self.weights.is_unchecked:
-            self.weights.check_policy(
-                model, name, max((a + b.token_ids for a, b in zip(rows, drawn, strict=True)), key=len)
-            )
+            answered = (prompt + row.token_ids for (prompt, _), row in zip(rows, drawn, strict=True))
+            self.weights.check_policy(model, name, max(answered, key=len))
         self.weights.check_still_there()
-        return collect_rows(prompts, drawn, request, mode, is_cut=limit < width)
+        return mode, drawn
 
     def _model_card(self) -> tuple[str, int]:
         """Name and context length of the served model, which vLLM lists before its adapters."""
