@@ -13,11 +13,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from esr_distill.distill_loss import normalize_divergence
+from esr_distill.hidden_states import last_hidden_states
 from esr_distill.prefix_positions import PrefixPositions, select_prefix_positions
 from esr_distill.prompts import PromptBatch
+from esr_distill.rollout.eval_mode import eval_mode
 from esr_distill.rollout.rollout_batch import RolloutBatch
+from esr_distill.score_positions import score_positions
+from esr_distill.teacher_prompts import teacher_hidden_states
 from esr_distill.token_selection import TokenSelection
-from esr_distill.token_selection.across_processes import weights_across
+from esr_distill.token_selection.whole_batch import weights_of_batch
 from esr_distill.training_run import TrainingRun
 from esr_kernels import DivergenceOutput
 
@@ -60,6 +64,7 @@ class StepParts:
         self.run, self.parts = run, parts
         self.candidates = round(run.devices.sum(sum(part.positions.row_N.numel() for part in parts)))
         self.scored: list[ScoredPart] = []
+        self.weights: list[Tensor] = []
 
     @classmethod
     def of(cls, run: TrainingRun, prompts: PromptBatch, rollouts: RolloutBatch) -> "StepParts":
@@ -75,11 +80,27 @@ class StepParts:
         return cls(run, parts)
 
     def weights_N(self, part: StepPart, divergence: DivergenceOutput) -> Tensor:
-        """Weight of each candidate of the part, float32 and detached. All processes call it."""
-        devices, selection = self.run.devices, part.selection
-        if devices.world_size == 1 or selection.config.compares_rollouts is None:
-            return selection.weights_N(part.positions, divergence)
-        return weights_across(selection, part.positions, divergence, part.rollouts.batch_size, devices)
+        """Weight of each candidate of the part, float32 and detached. All processes call it, part by part.
+
+        Rules that compare the rollouts of a batch need the scores of all parts before the first backward: with more parts than
+        one, both models read all of them once more, without gradient and dropout.
+        """
+        devices, parts = self.run.devices, self.parts
+        if part.selection.config.compares_rollouts is None or len(parts) * devices.world_size == 1:
+            return part.selection.weights_N(part.positions, divergence)
+        if not self.weights:
+            scores = [divergence] if len(parts) == 1 else [self.score(part) for part in parts]
+            scored = [(p.selection, p.positions, score) for p, score in zip(parts, scores, strict=True)]
+            self.weights = weights_of_batch(scored, part.rollouts.batch_size, devices)
+        return self.weights[len(self.scored)]
+
+    @torch.no_grad()
+    def score(self, part: StepPart) -> DivergenceOutput:
+        run = self.run
+        with eval_mode(run.student), run.autocast():
+            student_hidden_B_T_D = last_hidden_states(run.student, part.rollouts)
+        teacher_hidden_B_T_E = teacher_hidden_states(run.teacher, part.rollouts, part.prompts)
+        return score_positions(run, student_hidden_B_T_D, teacher_hidden_B_T_E, part.positions)
 
     def loss(self, part: StepPart, divergence: DivergenceOutput, weights_N: Tensor) -> Tensor:
         """The part's share of the step's loss, to call backward on; and the part is remembered for `join`."""

@@ -106,7 +106,7 @@ def losses(folder: Path, devices: Devices) -> dict:
     found = {}
     for name, (normalizer, denominator, selection) in LOSSES.items():
         counts = (1, 2, 4) if name == "token_mean of the highest" else (1, 2)
-        for parts in counts if selection.compares_rollouts is None else (1,):
+        for parts in counts:
             config = small_config(
                 folder,
                 "unused",

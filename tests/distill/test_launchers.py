@@ -110,32 +110,6 @@ TWO = Devices(CPU, 0, 2)
             TWO,
             r"rollout\.batch_size must be a multiple of .*accumulation_steps = 2 .*processes = 2, got 6",
         ),
-        *[
-            (
-                {"selection": selection, "optimizer": OptimizerConfig(accumulation_steps=2)},
-                Devices(CPU),
-                f"optimizer.accumulation_steps must be 1 with {words}, which compares the rollouts of a whole batch.*got 2",
-            )
-            for selection, words in (
-                (
-                    SelectionConfig([SelectionRule("divergence_share", share=0.9)]),
-                    "kind divergence_share in selection.rules",
-                ),
-                (
-                    SelectionConfig([SelectionRule("rows", score="divergence", share=0.5)]),
-                    "kind rows in selection.rules",
-                ),
-                (
-                    SelectionConfig([SelectionRule("top", score="surprise", share=0.5, scope="batch")]),
-                    "scope batch in .*rules",
-                ),
-                (SelectionConfig([SelectionRule("top", score="tip", tokens=2)]), "score tip in selection.rules"),
-                (
-                    SelectionConfig(weights=[WeightRule("decay", rate=0.1)], rescale_weights=True),
-                    "selection.rescale_weights",
-                ),
-            )
-        ],
         (
             {
                 "rollout": RolloutConfig(batch_size=8, overlap_teacher=True),

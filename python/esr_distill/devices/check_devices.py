@@ -18,11 +18,6 @@ def check_devices(config: TrainConfig, devices: Devices) -> None:
             f"rollout.batch_size must be a multiple of rollout.samples_per_prompt = {samples} times "
             f"optimizer.accumulation_steps = {parts} times the number of processes = {processes}, got {rollout.batch_size}"
         )
-    if parts > 1 and config.selection.compares_rollouts is not None:
-        raise InputError(
-            f"optimizer.accumulation_steps must be 1 with {config.selection.compares_rollouts}, which compares the rollouts of a "
-            f"whole batch before backward, got {parts}"
-        )
     if parts > 1 and rollout.overlap_teacher:
         raise InputError(
             f"rollout.overlap_teacher must be false with optimizer.accumulation_steps = {parts}, since the teacher reads "
