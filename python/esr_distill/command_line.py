@@ -20,11 +20,12 @@ from esr_distill.demo.settings import DemoConfig
 from esr_distill.exit_status import BAD_INPUT, INTERRUPTED, NOT_FINITE
 from esr_distill.input_error import InputError
 from esr_distill.real_demo.settings import RealDemoConfig
+from esr_distill.strict_parser import strict_parser
 
 
 def settings_parser(settings: type, description: str) -> ArgumentParser:
     """Flags for the fields of one flat dataclass."""
-    parser = ArgumentParser(description=description)
+    parser = strict_parser(description=description)
     parser.add_class_arguments(settings, None)
     return parser
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         "demo": settings_parser(DemoConfig, "Distil a tiny student by ESR and by full rollouts, with a report."),
         "demo-real": settings_parser(RealDemoConfig, "A short ESR distillation of SmolLM2-135M on GSM8K prompts."),
     }
-    parser = ArgumentParser(prog="esr-distill", description="On-policy distillation with Early Stopping Rollout.")
+    parser = strict_parser(prog="esr-distill", description="On-policy distillation with Early Stopping Rollout.")
     subcommands = parser.add_subcommands()
     subcommands.add_subcommand("train", trainer)
     subcommands.add_subcommand("check", checker)

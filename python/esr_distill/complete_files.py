@@ -7,6 +7,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from esr_distill.input_error import InputError
+
+
+class WriteError(InputError):
+    """A file that could not be written: a full disk, most often."""
+
+
+@contextmanager
+def write_errors(target: Path) -> Iterator[None]:
+    """Whatever a library raises in the block because `target` could not be written becomes a WriteError that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = _why_not_written(error)
+        if reason is None:
+            raise
+        raise WriteError(f"{target} could not be written ({reason})") from error
+
+
+def _why_not_written(error: Exception) -> str | None:
+    # safetensors and tokenizers raise what is no OSError and says "os error 28"; torch.save raises an error of its own archive
+    # while that of the file is handled
+    for found in (error, error.__context__):
+        if isinstance(found, OSError):
+            return found.strerror or str(found)
+    return str(error) if "os error" in str(error) else None
+
 
 @contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:

@@ -11,15 +11,18 @@ from jsonargparse import ArgumentParser, Namespace
 from esr_distill.complete_files import write_text
 from esr_distill.config import TrainConfig
 from esr_distill.input_error import InputError
-from esr_distill.presets import PRESETS
-from esr_distill.trl_names import TRL_NAMES, translated
+from esr_distill.presets import PRESETS, preset_options
+from esr_distill.strict_parser import strict_parser
+from esr_distill.trl_names import OTHER_MEANINGS, TRL_NAMES, translated
 
 CONFIG_FILE = "config.yaml"
+# What decides which of a preset's values are of use.
+PRESET_OPTIONS = sorted({name for options in PRESETS.values() for name in options} | {"horizon.kind"})
 
 
 def train_parser() -> ArgumentParser:
     """A YAML file by --config, then flags by the same names, e.g. --rollout.horizon 100."""
-    parser = ArgumentParser(description="Distil a student from a teacher on the student's own rollouts.")
+    parser = strict_parser(description="Distil a student from a teacher on the student's own rollouts.")
     parser.add_argument("--config", action="config", help="YAML file of options; flags after it win.")
     parser.add_argument(
         "--resume", type=str, default=None, help="Folder of a run to go on with; takes no other option."
@@ -36,6 +39,8 @@ def train_parser() -> ArgumentParser:
             default=None,
             help=f"becomes {trl_name.becomes}",
         )
+    for name in OTHER_MEANINGS:
+        group.add_argument(f"--{name}", type=int | None, default=None, help="means something else here and is refused")
     return parser
 
 
@@ -48,16 +53,25 @@ def parse_train_options(arguments: list[str]) -> TrainConfig:
     parser = train_parser()
     options = parser.parse_args(arguments)
     given = parser.parse_args(arguments, defaults=False)
-    of_trl = {name: options[name] for name in TRL_NAMES if options[name] is not None}
+    of_trl = {name: options[name] for name in (*TRL_NAMES, *OTHER_MEANINGS) if options[name] is not None}
     theirs, messages = translated(of_trl, lambda option: option in given)
     for message in messages:
         print(f"esr-distill: {message}", file=sys.stderr)
-    preset = PRESETS[options.preset] if options.preset is not None else {}
-    defaults = {name: value for name, value in preset.items() if name not in given} | theirs
+    preset = {}
+    if options.preset is not None:
+        named = {name: given[name] for name in PRESET_OPTIONS if name in given}
+        preset = preset_options(options.preset, named | theirs)
+    defaults = preset | theirs
     if defaults:
         parser.set_defaults(defaults)
         options = parser.parse_args(arguments)
-    return read_config(options, parser)
+    try:
+        return read_config(options, parser)
+    except InputError as error:
+        of_preset = [f"{name}: {value}" for name, value in preset.items() if name in str(error)]
+        if not of_preset:
+            raise
+        raise InputError(f"{error} (--preset {options.preset} sets {', '.join(of_preset)})") from None
 
 
 def read_config(options: Namespace, parser: ArgumentParser) -> TrainConfig:
@@ -103,11 +117,15 @@ def changed_options(config: object, prefix: str = "") -> list[str]:
         if is_dataclass(value):
             lines += changed_options(value, f"{name}.")
         elif value != (field.default if field.default_factory is MISSING else field.default_factory()):
-            lines.append(f"{name}: {_plain(asdict(value) if is_dataclass(value) else value)}")
+            lines.append(f"{name}: {_plain(value)}")
     return lines
 
 
 def _plain(value: object) -> object:
+    """As YAML has it; of a rule the fields that are set."""
+    if is_dataclass(value):
+        set_fields = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {name: _plain(item) for name, item in set_fields.items() if item is not None}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

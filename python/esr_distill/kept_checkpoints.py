@@ -17,6 +17,10 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((p for p in output_dir.iterdir() if FOLDER.fullmatch(p.name)), key=checkpoint_step)
 
 
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step:06d}"
+
+
 def checkpoint_step(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 

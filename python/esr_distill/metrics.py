@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esr_distill.complete_files import write_text
+from esr_distill.input_error import InputError
 from esr_distill.json_numbers import finite_or_none
 from esr_distill.monitoring.position_bins import means_by_position
 from esr_distill.prefix_positions import PrefixPositions
@@ -167,9 +168,25 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
     """The records of a metrics file, all or of one kind ("step", "evaluation"); none if there is no file.
 
     A last line cut short by a crash is left out.
+
+    Raises:
+        InputError: a line that no run wrote.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if kind is None or record["kind"] == kind]
+    lines = path.read_bytes().splitlines(keepends=True)
+    records = [_record(line, path, number) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+    return [record for record in records if kind is None or record.get("kind") == kind]
+
+
+def _record(line: bytes, path: Path, number: int) -> dict:
+    try:
+        record = json.loads(line)
+    except ValueError:  # no UTF-8, or no JSON
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        shown = line.decode(errors="replace").strip()[:60]
+        raise InputError(
+            f"{path}, line {number}, must be a record with a step, got {shown!r}; remove the line to go on"
+        )
+    return record

@@ -6,6 +6,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from esr_distill.config import TrainConfig
 from esr_distill.input_error import InputError
 from esr_distill.prompts.prepare_prompts import fit_prompts as fit_prompts
+from esr_distill.token_selection.late_tokens import check_late_tokens
+from esr_distill.token_selection.token_classes import ids_of_rule
 
 
 def check_tokenizer_pair(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -37,7 +39,8 @@ def check_vocab_sizes(student: PreTrainedModel, teacher: PreTrainedModel, config
 def check_token_ids(
     tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel, config: TrainConfig
 ) -> None:
-    """Both models can embed every id of the tokenizer, and a cut vocabulary still holds every one of them."""
+    """Both models can embed every id of the tokenizer, a cut vocabulary still holds every one of them, and every id that a rule
+    names can be drawn."""
     largest = max(tokenizer.get_vocab().values())
     for option, model in (("model.student", student), ("model.teacher", teacher)):
         width = model.get_input_embeddings().weight.shape[0]
@@ -47,6 +50,14 @@ def check_token_ids(
         raise InputError(
             f"loss.vocab_size must be above the tokenizer's largest id {largest}, got {config.loss.vocab_size}"
         )
+    for rule in config.selection.leaves:
+        if rule.kind in ("token_ids", "token_classes"):
+            option = "token_ids" if rule.kind == "token_ids" else "table"
+            named = max(ids_of_rule(rule))
+            if named > largest:
+                raise InputError(
+                    f"selection.rules.{option} must hold ids of the tokenizer, at most {largest}, got {named}"
+                )
 
 
 def context_length(*models: PreTrainedModel) -> int | None:
@@ -75,8 +86,12 @@ def prompt_limit(
 
 
 def check_options(config: TrainConfig, device: torch.device) -> None:
-    """Options of different groups that contradict each other, and what needs another device."""
+    """Options of different groups that contradict each other, files that they name, and what needs another device."""
     model, rollout, run, evaluation = config.model, config.rollout, config.run, config.evaluation
+    for rule in config.selection.leaves:
+        if rule.kind == "token_classes":
+            ids_of_rule(rule)
+    check_late_tokens(config)
     if model.teacher_offload and device.type != "cuda":
         raise InputError(f"model.teacher_offload must be false without a CUDA device, got true on {device.type}")
     if model.teacher_offload and rollout.overlap_teacher:

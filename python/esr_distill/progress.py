@@ -22,6 +22,11 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=LINE_WIDTH)
 
 
+def print_line(console: Console, text: str) -> None:
+    """A line as it is: brackets in paths are no markup, and a command that is broken in the middle could not be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class TrainingProgress:
     """A progress bar with the last step's loss and stage times; plain lines where the output is no terminal."""
 

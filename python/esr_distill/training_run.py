@@ -20,6 +20,7 @@ from esr_distill.models.discarded_mass import describe_discarded_mass
 from esr_distill.models.model_pair import load_pair, student_autocast
 from esr_distill.models.teacher import Teacher
 from esr_distill.models.train_mode import seed_dropout
+from esr_distill.progress import print_line
 from esr_distill.prompts import PromptSet, PromptStream
 from esr_distill.prompts.prepare_prompts import prepare_prompts
 from esr_distill.prompts.prompt_encoder import PromptEncoder
@@ -85,7 +86,13 @@ def prepare_run(
     check_devices(config, devices)
     pair = load_pair(config, devices, student_source)
     student, teacher, tokenizer = pair.student, pair.teacher, pair.tokenizer
-    stop = find_stop_ids(tokenizer, student, teacher, vocab_size=config.loss.vocab_size)
+    stop = find_stop_ids(
+        tokenizer,
+        student,
+        teacher,
+        teacher_tokenizer=pair.teacher_tokenizer,
+        vocab_size=config.loss.vocab_size,
+    )
     # Tools that load a checkpoint must stop where the student has learnt to stop.
     student.generation_config.eos_token_id = list(stop.eos_ids)
 
@@ -111,8 +118,9 @@ def prepare_run(
             model=student,
             device=device,
             rollouts=make_backend(config.rollout, devices=devices),
+            vocab_size=config.loss.vocab_size,
         )
-    console.print(f"{pair.describe(config.model)}, {device.type}, attention {pair.attention}, rows {pair.rows}")
+    print_line(console, f"{pair.describe(config.model)}, {device.type}, attention {pair.attention}, rows {pair.rows}")
     if config.loss.vocab_size is not None:
         console.print(
             describe_discarded_mass(student, teacher, prompts, config, student_autocast(config, device)),
@@ -122,7 +130,7 @@ def prepare_run(
     why = "Triton kernels" if impl is Impl.FUSED else "plain PyTorch: the kernels need a CUDA device"
     console.print(f"divergence: {impl.value} ({why})")
     rollouts = make_backend(config.rollout, console, devices)
-    console.print(rollouts.describe(student))
+    print_line(console, rollouts.describe(student))
     request = RolloutRequest(
         config.rollout.horizon,
         config.rollout.sampler,
@@ -133,7 +141,7 @@ def prepare_run(
     )
     if config.model.trains_in_train_mode:
         student.train()
-        seed_dropout(config.run.seed + devices.rank)
+        seed_dropout(config.run.seed, devices.rank)
     whole_copy = None
     if devices.world_size > 1:
         read = {"data.prompts": prompts.digest}

@@ -57,6 +57,14 @@ def test_ids_follow_the_options(options, expected):
         assert tokenize(prompt, template=THINKING_TEMPLATE, **options).token_ids == [encode(expected)]
 
 
+def test_a_prompt_with_a_system_message_of_its_own():
+    own = [{"role": "system", "content": "8"}, *USER]
+    assert tokenize(own).token_ids == [encode("#0;8#1;4=#2;")]
+    message = r"data\.system_prompt must be unset for prompts with a system message of their own, got '7' before '8'"
+    with pytest.raises(InputError, match=message):
+        tokenize(USER, own, system_prompt="7")
+
+
 def test_a_prefix_also_follows_a_plain_text():
     prompts = tokenize("4=", "12=", template=None, chat_template=False, response_prefix="-+")
     assert prompts.token_ids == [[BOS, *encode("4=-+")], [BOS, *encode("12=-+")]]

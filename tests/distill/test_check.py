@@ -276,6 +276,7 @@ def test_stop_ids_come_from_all_files_of_both_sides(tmp_path, console):
     config = tiny_config(tmp_path)
     teacher = make_model(seed=1)
     teacher.generation_config.eos_token_id = [5, 2]
+    teacher.config.eos_token_id = 7
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "."
@@ -288,10 +289,10 @@ def test_stop_ids_come_from_all_files_of_both_sides(tmp_path, console):
         "the student's config": [2],
         "the teacher's tokenizer": [18],
         "the teacher's generation config": [2, 5],
-        "the teacher's config": [2],
+        "the teacher's config": [7],
     }
-    assert finding.values["stop_ids"] == [2, 5] and finding.level == "warning"
-    assert "not at 18 (.), which the teacher's tokenizer names" in finding.message
+    assert finding.values["stop_ids"] == [2, 5, 18] and finding.level == "warning"
+    assert "not at 7 (4), which the teacher's config names" in finding.message
 
 
 def test_templates_are_looked_at_on_the_first_prompt(tmp_path, console):

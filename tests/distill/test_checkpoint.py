@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import esr_distill.checkpoint as checkpoint_module
 from esr_distill.checkpoint import TrainerState, find_checkpoints, load_training_state, save_checkpoint
+from esr_distill.complete_files import WriteError
 from esr_distill.config import RunConfig
 from esr_distill.train import train
 from esr_distill.training_run import prepare_run
@@ -46,7 +47,7 @@ def test_a_failing_write_leaves_the_earlier_checkpoint(run, tmp_path, monkeypatc
             patch.setattr(checkpoint_module.torch, "save", disk_full)
         else:
             patch.setattr(os, "replace", disk_full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(WriteError, match=r"checkpoint-000002 could not be written \(No space left on device\)"):
             save_checkpoint(run, TrainerState(2, 0.0), output_dir)
     assert [path.name for path in find_checkpoints(output_dir)] == ["checkpoint-000001"]
     AutoModelForCausalLM.from_pretrained(find_checkpoints(output_dir)[0])

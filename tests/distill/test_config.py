@@ -1,6 +1,5 @@
 """Is every option defined once, checked, read somewhere, and saved whole?  pytest tests/distill/test_config.py"""
 
-import ast
 import functools
 import math
 from dataclasses import fields, is_dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from options_read import options_read
 
 from esr_distill import config as config_module
 from esr_distill.config import (
@@ -20,6 +20,8 @@ from esr_distill.config import (
     OptimizerConfig,
     RolloutConfig,
     RunConfig,
+    SelectionConfig,
+    SelectionRule,
     TrainConfig,
 )
 from esr_distill.config_file import changed_options, load_saved_config, read_config, save_config, train_parser
@@ -35,32 +37,58 @@ def make_config(**groups) -> TrainConfig:
     return TrainConfig(**({"model": ModelConfig("s", "t"), "data": DataConfig("p.jsonl")} | groups))
 
 
-@functools.cache
-def attributes_read(folder: Path) -> set[str]:
-    """Names read as attributes anywhere in the package, apart from the checks inside the config classes themselves."""
-    names = set()
-    for path in folder.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                node.body = [part for part in node.body if getattr(part, "name", "") != "__post_init__"]
-        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return names
-
-
 @pytest.mark.parametrize(
     "settings",
     [value for value in vars(config_module).values() if is_dataclass(value)] + [DemoConfig, RealDemoConfig],
     ids=lambda settings: settings.__name__,
 )
 def test_every_option_is_read(settings):
-    unread = [field.name for field in fields(settings) if field.name not in attributes_read(PACKAGE)]
+    read = package_reads()
+    unread = [field.name for field in fields(settings) if (settings.__name__, field.name) not in read]
     assert not unread
 
 
-def test_an_option_that_nothing_reads_is_found(tmp_path):
-    (tmp_path / "a.py").write_text("class C:\n    def __post_init__(self):\n        self.unread\nx = c.read\n")
-    assert attributes_read(tmp_path) == {"read"}
+@functools.cache
+def package_reads() -> set[tuple[str, str]]:
+    return options_read(PACKAGE)
+
+
+def test_only_a_reading_of_the_group_itself_counts(tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "settings.py").write_text(
+        """
+class Loss:
+    read: int
+    checked: int
+    of_another: int
+    in_a_property: int
+    in_an_unread_property: int
+    def __post_init__(self): self.checked
+    @property
+    def used(self) -> int: return self.in_a_property
+    @property
+    def unused(self) -> int: return self.in_an_unread_property
+class Config:
+    loss: Loss
+    rules: list[Loss]
+"""
+    )
+    (tmp_path / "train.py").write_text(
+        """
+class Run:
+    config: Config
+class Other:
+    of_another: int
+def step(run: Run, other: Other):
+    config, loss = run.config, run.config.loss
+    print(loss.read, other.of_another, unknown.of_another, loss.used)
+def check_step(config: Config): config.loss.checked
+def tell(config: Config): return [rule.used for rule in config.rules]
+"""
+    )
+    (tmp_path / "model_card.py").write_text("def tell(loss: Loss): return loss.checked")
+    found = {name for owner, name in options_read(tmp_path) if owner == "Loss"}
+    assert found == {"read", "used", "in_a_property"}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +143,14 @@ def test_an_option_that_nothing_reads_is_found(tmp_path):
             ),
             r"loss\.prefix_tokens must be unset for horizon\.kind adaptive, which looks at the last tokens, got 3",
         ),
+        (
+            lambda: make_config(rollout=RolloutConfig(horizon=6), horizon=HorizonScheduleConfig("linear", start=100)),
+            r"horizon\.start must be below rollout\.horizon = 6, or the horizon never moves, got 100",
+        ),
+        (
+            lambda: make_config(rollout=RolloutConfig(horizon=6), horizon=HorizonScheduleConfig("linear", start=6)),
+            r"horizon\.start must be below rollout\.horizon = 6, or the horizon never moves, got 6",
+        ),
     ],
 )
 def test_contradictions_and_ranges_are_refused(make, message):
@@ -156,6 +192,50 @@ def test_unknown_names_and_values_end_with_status_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {steps: 2, steps: 5}", "steps must be given once, got it in lines 1 and 1"),
+        (
+            "rollout:\n  horizon: 5\nrun:\n  steps: 2\nrollout:\n  top_p: 0.5\n",
+            "rollout must be given once, got it in lines 1 and 5",
+        ),
+        (
+            "selection:\n  rules:\n  - kind: prefix\n    tokens: 3\n    tokens: 4\n",
+            "tokens must be given once, got it in lines 4 and 5",
+        ),
+        ('{"run": {"steps": 2, "steps": 5}}', "steps must be given once"),
+    ],
+)
+def test_a_key_that_a_file_has_twice_is_refused(tmp_path, capsys, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--config", str(file), *REQUIRED])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value", ["[{kind: prefix, tokens: 3, tokens: 4}]", "[{kind: prefix, kind: prefix, tokens: 3}]"]
+)
+def test_a_key_that_a_flag_has_twice_is_refused(capsys, value):
+    with pytest.raises(SystemExit):
+        parse([*REQUIRED, "--selection.rules", value])
+    assert "selection.rules" in capsys.readouterr().err
+
+
+def test_a_text_may_look_like_a_mapping():
+    data = parse([*REQUIRED, "--data.system_prompt", "{a: 1, a: 2}"]).data
+    assert data.system_prompt == "{a: 1, a: 2}"
+
+
+@pytest.mark.parametrize("flag", ["--run.out", "--max_comp", "--rollout.hor"])
+def test_flags_are_not_abbreviated(capsys, flag):
+    with pytest.raises(SystemExit) as stopped:
+        parse([*REQUIRED, flag, "9"])
+    assert stopped.value.code == 2 and f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
 def test_an_unknown_name_in_the_file_is_refused(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("rollout:\n  horizn: 3\n")
@@ -175,7 +255,9 @@ def test_a_group_without_options_is_refused(tmp_path, text):
 
 def test_options_without_their_defaults_are_told():
     config = make_config(
-        rollout=RolloutConfig(horizon=33), model=ModelConfig("s", "t", lora=LoraSettings(use_peft=True, lora_r=8))
+        rollout=RolloutConfig(horizon=33),
+        model=ModelConfig("s", "t", lora=LoraSettings(use_peft=True, lora_r=8)),
+        selection=SelectionConfig([SelectionRule("any", rules=[SelectionRule("prefix", tokens=3)])]),
     )
     assert changed_options(config) == [
         "model.student: s",
@@ -184,11 +266,17 @@ def test_options_without_their_defaults_are_told():
         "model.lora.lora_r: 8",
         "data.prompts: p.jsonl",
         "rollout.horizon: 33",
+        "selection.rules: [{'kind': 'any', 'scope': 'rollout', 'complement': False, 'rules': "
+        "[{'kind': 'prefix', 'tokens': 3, 'scope': 'rollout', 'complement': False}]}]",
     ]
 
 
 def test_a_saved_config_comes_back_equal(tmp_path):
+    either = [
+        SelectionRule("all", rules=[SelectionRule("suffix", start=2), SelectionRule("finished", complement=True)])
+    ]
     config = make_config(
+        selection=SelectionConfig([SelectionRule("any", rules=[*either, SelectionRule("token_ids", token_ids=[7])])]),
         rollout=RolloutConfig(horizon=33, sampling_temperature=0.3),
         loss=LossConfig(divergence="jsd", divergence_parameter=0.25, prefix_tokens=11, normalizer="sum"),
         optimizer=OptimizerConfig(betas=(0.7, 0.8)),
@@ -202,9 +290,12 @@ def test_a_saved_config_comes_back_equal(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimizerConfig(learning_rate=math.inf), r"learning_rate must be > 0, got inf"),
-        (lambda: RolloutConfig(sampling_temperature=math.inf), r"sampling_temperature must be >= 0, got inf"),
-        (lambda: LossConfig(loss_temperature=math.nan), r"loss_temperature must be > 0, got nan"),
+        (lambda: OptimizerConfig(learning_rate=math.inf), r"learning_rate must be a finite number, got inf"),
+        (
+            lambda: RolloutConfig(sampling_temperature=math.inf),
+            r"sampling_temperature must be a finite number, got inf",
+        ),
+        (lambda: LossConfig(loss_temperature=math.nan), r"loss_temperature must be a finite number, got nan"),
         (lambda: RunConfig(seed=2**64), r"run\.seed must be in \[0, 2\*\*64\)"),
         (
             lambda: ModelConfig("s", "t", autocast=True, attn_implementation="flash_attention_2"),

@@ -26,7 +26,7 @@ DATA = DataConfig("prompts.jsonl", chat_template=False)
 
 
 def prepare(
-    answers: dict[str, str | None], data: DataConfig = DATA, model=None, rollouts=None, **changed
+    answers: dict[str, str | None], data: DataConfig = DATA, model=None, rollouts=None, vocab_size=None, **changed
 ) -> Evaluation:
     return Evaluation.prepare(
         [PromptRecord(prompt, answer) for prompt, answer in answers.items()],
@@ -37,6 +37,7 @@ def prepare(
         model=model or make_model(),
         device=torch.device("cpu"),
         rollouts=rollouts,
+        vocab_size=vocab_size,
     )
 
 
@@ -121,6 +122,41 @@ def test_a_real_model_gives_the_same_replies_at_every_batch_size():
     assert replies[0] == replies[1] == replies[2]
     assert len({reply.text for reply in replies[0]}) > 1
     assert all(reply.finished or reply.length == 12 for reply in replies[0])
+
+
+def surplus_model():
+    """Its head has three ids more than the tokenizer, and it likes these best."""
+    model = make_model(4, vocab_size=22)
+    with torch.no_grad():
+        model.lm_head.weight[19:] = 3 * model.lm_head.weight[5:8]
+    return model
+
+
+@pytest.mark.parametrize("backend", [None, HFGenerateBackend])
+def test_ids_beyond_a_cut_vocabulary_are_not_drawn(backend):
+    answers, model = {"1+2=": "3", "30-4+5=": "31", "7=": "7"}, surplus_model()
+    drawn = {}
+    for vocab_size in (None, 19):
+        rollouts = None if backend is None else backend()
+        problems = prepare(answers, model=model, rollouts=rollouts, vocab_size=vocab_size, max_tokens=12)
+        batches = problems.batches(model, problems.settings.sampler, 0)
+        drawn[vocab_size] = [ids for batch in batches for ids in batch.response_ids_B_K.flatten().tolist()]
+    assert max(drawn[None]) > 18 >= max(drawn[19])
+
+
+def test_the_divergence_of_a_cut_vocabulary_is_that_of_the_cut_distributions():
+    student, teacher = surplus_model(), make_model(2, vocab_size=24).requires_grad_(False)
+    rollouts = make_rollouts(PROMPTS, RESPONSES)
+    sum_K, _ = divergence_by_position(student, teacher, rollouts, stop_ids=(), vocab_size=19)
+    expected = 0.0
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            p, q = (
+                model(ids).logits[0, len(prompt) - 1 : -1, :19].double().log_softmax(-1) for model in (student, teacher)
+            )
+        expected += (p.exp() * (p - q)).sum().item()
+    assert sum_K.sum().item() == pytest.approx(expected, rel=1e-4)
 
 
 # Several samples of each problem
@@ -210,7 +246,7 @@ def test_boxes_of_the_scorer_that_needs_math_verify(monkeypatch):
         ({"samples_per_problem": 0}, "samples_per_problem must be >= 1, got 0"),
         ({"samples_per_problem": 4}, "samples_per_problem must be 1 for {}sampling_temperature 0, .*, got 4"),
         ({"sampling_temperature": -1.0}, r"sampling_temperature must be >= 0, got -1\.0"),
-        ({"sampling_temperature": math.nan}, "sampling_temperature must be >= 0, got nan"),
+        ({"sampling_temperature": math.nan}, "sampling_temperature must be a finite number, got nan"),
         ({"sampling_temperature": 1.0, "top_p": 1.1}, r"top_p must be in \[0, 1\], got 1\.1"),
         ({"sampling_temperature": 1.0, "min_p": -0.1}, r"min_p must be in \[0, 1\], got -0\.1"),
         ({"sampling_temperature": 1.0, "top_k": -1}, "top_k must be >= 0, got -1"),

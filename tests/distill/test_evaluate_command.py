@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_gguf import save_gguf
 from tiny_models import make_model, make_tokenizer, write_prompts
 from transformers import AutoTokenizer
@@ -77,6 +78,46 @@ def test_a_gguf_file_that_is_not_there(gguf_folder, tmp_path, capsys):
 def test_an_empty_name_is_no_file():
     with pytest.raises(InputError, match=r"^model_gguf_file must be the name of a file or unset, got ''"):
         EvalConfig(model="m", prompts="p", model_gguf_file="")
+
+
+# A cut vocabulary
+
+
+def test_a_cut_vocabulary_answers_as_the_model_without_surplus_ids(tmp_path, capsys):
+    """The head has ids that the tokenizer does not know, and likes them best."""
+    model, narrow = make_model(0, vocab_size=25), make_model(0)
+    narrow.load_state_dict(
+        {name: weight[: len(narrow.state_dict()[name])] for name, weight in model.state_dict().items()}
+    )
+    with torch.no_grad():
+        model.lm_head.weight[19:] = 3 * model.lm_head.weight[4:10]
+    for folder, saved in (("model", model), ("narrow", narrow)):
+        saved.save_pretrained(tmp_path / folder)
+        make_tokenizer().save_pretrained(tmp_path / folder)
+        assert evaluate(tmp_path / folder, tmp_path / f"{folder}.json") == 0
+    assert evaluate(tmp_path / "model", tmp_path / "cut.json", vocab_size=19) == 0
+    whole, cut, expected = (replies(tmp_path / f"{name}.json") for name in ("model", "cut", "narrow"))
+    assert cut == expected != whole and any(cut)
+    assert json.loads((tmp_path / "cut.json").read_text())["options"]["vocab_size"] == 19
+    for vocab_size in (18, 26):
+        assert evaluate(tmp_path / "model", tmp_path / "bad.json", vocab_size=vocab_size) == 2
+        assert (
+            "eval: vocab_size must be above the tokenizer's largest id 18 and at most 25, the width of the model's output "
+            f"head, got {vocab_size}" in capsys.readouterr().err
+        )
+    with pytest.raises(InputError, match=r"^vocab_size must be >= 1 or unset, got 0"):
+        EvalConfig(model="m", prompts="p", vocab_size=0)
+
+
+def test_another_cut_is_named_in_a_comparison(tmp_path, capsys):
+    folder = tmp_path / "[/b] model"
+    make_model(0).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    assert evaluate(folder, tmp_path / "one.json") == 0
+    assert evaluate(folder, tmp_path / "two.json", vocab_size=19, compare=tmp_path / "one.json") == 0
+    printed = capsys.readouterr().out
+    assert "vocab_size is 19 here and None there\n" in printed
+    assert f"\n{folder}: accuracy " in printed and f"problems, this model minus {folder}\n" in printed
 
 
 # Code of a model

@@ -103,6 +103,18 @@ def test_the_time_of_a_probe_is_no_training_time(tmp_path, console):
     assert last["seconds"] > 0
 
 
+def ranks_by_teacher(student: PreTrainedModel, teacher: PreTrainedModel, rollouts: RolloutBatch, row: int) -> list:
+    """At each response token of a row, the teacher's ranks of this token and of the student's likeliest one."""
+    ids_1_T = rollouts.token_ids_B_T[row, rollouts.attention_mask_B_T[row].bool()][None]
+    length = int(rollouts.response_lengths_B[row])
+    with torch.no_grad():
+        p_T_V, q_T_V = (model(ids_1_T).logits[0, -length - 1 : -1].tolist() for model in (student, teacher))
+    return [
+        [1 + sum(other > q[i] for other in q) for i in (drawn, max(range(len(p)), key=p.__getitem__))]
+        for drawn, p, q in zip(ids_1_T[0, -length:].tolist(), p_T_V, q_T_V, strict=True)
+    ]
+
+
 def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, rollouts: RolloutBatch, row: int) -> torch.Tensor:
     """KL(student || teacher) at each response token of a row, from whole logits of the row without its padding."""
     is_token_T = rollouts.attention_mask_B_T[row].bool()
@@ -139,7 +151,52 @@ def test_the_numbers_are_those_of_the_answers(tmp_path, console, monkeypatch):
     middle = torch.cat([kl_K[10:25] for kl_K in kl])
     assert record["divergence_by_position"]["10-24"] == pytest.approx(middle.mean().item(), rel=1e-4)
     assert record["tokens_by_position"]["10-24"] == len(middle)
+    pairs = [r for b in batches for row in range(b.batch_size) for r in ranks_by_teacher(student, teacher, b, row)]
+    for name, ranks in zip(
+        ("teacher_rank_of_drawn", "teacher_rank_of_student_top"), zip(*pairs, strict=True), strict=True
+    ):
+        assert record[name] == {
+            "mean": pytest.approx(sum(ranks) / len(ranks)),
+            "first": pytest.approx(sum(rank == 1 for rank in ranks) / len(ranks)),
+            "in_first_5": pytest.approx(sum(rank <= 5 for rank in ranks) / len(ranks)),
+        }
+    assert record["teacher_rank_of_student_top"]["first"] == pytest.approx(record["top1_agreement"])
     json.dumps(record, allow_nan=False)
+
+
+def test_evaluation_and_probe_draw_no_id_that_training_leaves_out(tmp_path, console, monkeypatch):
+    """A head with three surplus ids, which it likes best."""
+    problems = EvaluationConfig(str(tmp_path / "prompts.jsonl"), scorer="last_number", max_tokens=12, limit=3)
+    config = probed_config(tmp_path, steps=1, loss=LossConfig(vocab_size=19), evaluation=problems)
+    student = make_model(4, vocab_size=22)
+    with torch.no_grad():
+        student.lm_head.weight[19:] = 3 * student.lm_head.weight[5:8]
+    student.save_pretrained(tmp_path / "student")
+    seen: list[RolloutBatch] = []
+    record_rollouts(monkeypatch, seen)
+    train(config, console)
+    # before and after the step an evaluation, and a probe in two batches
+    assert [rollouts.batch_size for rollouts in seen] == [3, 4, 1, 4, 3, 4, 1]
+    assert max(int(rollouts.token_ids_B_T.max()) for rollouts in seen) < 19
+
+
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_ranks_are_of_the_events_of_the_divergence(tmp_path, console, is_merged):
+    """Eleven of nineteen ids end a response, and a head has ids that are cut: the student's likeliest event is the teacher's as
+    often as the divergence says."""
+    probe = replace(PROBE, probe_prompts=15)
+    config = probed_config(tmp_path, probe=probe, loss=LossConfig(merge_stop_ids=is_merged, vocab_size=19))
+    for factor, name in ((3, "student"), (1, "teacher")):
+        model = make_model(4, vocab_size=22)
+        with torch.no_grad():
+            model.lm_head.weight[19:] = 3 * model.lm_head.weight[5:8]
+            model.lm_head.weight[3:9] *= factor
+        model.generation_config.eos_token_id = [2, *range(9, 19)]
+        model.save_pretrained(tmp_path / name)
+    record = FullLengthProbe.prepare(run := prepare_run(config, console)).measure(run, 5)
+    top = record["teacher_rank_of_student_top"]
+    assert top["first"] == pytest.approx(record["top1_agreement"]) and 0.1 < top["first"] < 0.9
+    assert record["teacher_rank_of_drawn"]["mean"] <= (19 - 10 if is_merged else 19)
 
 
 def test_every_probe_asks_the_same_and_draws_from_streams_that_training_does_not_use(tmp_path, console):

@@ -1,5 +1,7 @@
 """How far may the rollouts of each step run?  pytest tests/distill/test_horizon_schedule.py"""
 
+import json
+
 import pytest
 
 from esr_distill.config import HorizonScheduleConfig
@@ -17,6 +19,8 @@ TABLES = {
         [50, 50, 50, 110, 110, 110, 170, 170, 170, 200],
     ),
     "fraction": (HorizonScheduleConfig("fraction", fraction=0.251), [51] * 10),
+    # 0.55 of 200 is 110, whatever 0.55 is in binary
+    "a fraction that is a whole number": (HorizonScheduleConfig("fraction", fraction=0.55), [110] * 10),
     "a start above the horizon": (HorizonScheduleConfig("stairs", start=500, increment=1, every=1), [200] * 10),
 }
 
@@ -47,9 +51,13 @@ def test_an_adaptive_horizon_grows_while_the_models_agree_and_stops_at_the_large
     assert adaptive([0.9, 0.9, 0.9, 0.9]) == [35, 50, 60, 60]
 
 
-def test_it_stays_within_the_margin_and_shrinks_below_it_never_under_its_start():
-    assert adaptive([0.9, 0.78, 0.78]) == [35, 50, 60]  # the mean is 0.888, then 0.8772
-    assert adaptive([0.76, 0.76]) == [20, 20]
+def test_it_stays_within_the_margin_below_the_wanted_agreement_and_shrinks_under_that():
+    # means 0.9, 0.81, 0.779, 0.7611, 0.68499: grows twice, stays above 0.75 twice, shrinks
+    assert adaptive([0.9, 0.0, 0.5, 0.6, 0.0]) == [35, 50, 50, 50, 35]
+
+
+def test_it_never_shrinks_under_its_start():
+    assert adaptive([0.7, 0.7]) == [20, 20]
     # means 0.9, 0.81, 0.729, 0.6561: grows, grows, shrinks, shrinks
     assert adaptive([0.9, 0.0, 0.0, 0.0, 0.0]) == [35, 50, 35, 20, 20]
 
@@ -58,10 +66,27 @@ def test_steps_in_which_nothing_came_so_far_change_nothing():
     assert adaptive([0.9, None, None, 0.9]) == [35, 35, 35, 50]
 
 
-def test_a_resumed_run_that_observes_the_same_records_is_at_the_same_horizon():
-    agreements = [0.9, 0.85, None, 0.4, 0.3, 0.95]
-    assert adaptive(agreements)[-1] == adaptive(list(agreements))[-1]
-    assert adaptive(agreements[:3] + agreements[3:]) == adaptive(agreements)
+def test_a_schedule_goes_on_from_its_state():
+    """As at the end of the list above: without the mean, 0.5 alone would shrink it to 35."""
+    config = HorizonScheduleConfig("adaptive", start=20, increment=15, agreement=0.8)
+    first, second = (HorizonSchedule(config, 60, 100) for _ in range(2))
+    for agreement in (0.9, 0.0):
+        first.observe({"late_agreement": agreement})
+    assert first.state == {"horizon": 50, "agreement": pytest.approx(0.81)}
+    second.restore(json.loads(json.dumps(first.state)))
+    second.observe({"late_agreement": 0.5})
+    assert second.horizon(3) == 50 and second.state["agreement"] == pytest.approx(0.779)
+    assert HorizonSchedule(HorizonScheduleConfig(), 60, 100).state is None
+
+
+def test_records_are_observed_again_where_all_are_there():
+    schedule = HorizonSchedule(HorizonScheduleConfig("adaptive", start=20, increment=15, agreement=0.8), 60, 100)
+    records = [{"step": step + 1, "late_agreement": value} for step, value in enumerate([0.9, 0.9, 0.0])]
+    for wrong in (records[1:], records[:2], []):
+        with pytest.raises(InputError, match=rf"must hold the steps 1 to 3 .* got {len(wrong)} of them"):
+            schedule.observe_again(wrong, 3)
+    schedule.observe_again(records, 3)
+    assert schedule.horizon(3) == 60 and schedule.state["agreement"] == pytest.approx(0.81)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """Does the command run under torchrun on two nodes and under accelerate, and is what it cannot do refused?"""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from small_runs import make_folder, small_config
+from two_networks import ADDRESSES, CABLE, NotAllowed, two_networks
 
 from esr_distill.config import ModelConfig, OptimizerConfig, RolloutConfig, SelectionConfig, SelectionRule, WeightRule
 from esr_distill.config.devices import DevicesConfig
@@ -21,6 +25,7 @@ from esr_distill.devices.check_devices import check_devices, check_same
 from esr_distill.devices.launcher import join_processes
 from esr_distill.input_error import InputError
 from esr_distill.metrics import read_metrics
+from esr_distill.train import train
 
 LAUNCH = Path(__file__).parents[2] / "docs" / "launch"
 COMMAND = ["-m", "esr_distill.command_line", "train", "--config"]
@@ -45,58 +50,128 @@ def config_file(folder: Path, name: str) -> Path:
     return (folder / "config.yaml").rename(folder / f"{name}.yaml")
 
 
-def finish(processes: list[subprocess.Popen]) -> str:
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+@pytest.fixture(scope="module")
+def losses_alone(folder) -> list[float]:
+    """Of one process with the same options."""
+    config = small_config(folder, "alone", steps=2)
+    train(config, Console(quiet=True))
+    return losses_of(folder / "alone")
+
+
+def losses_of(run_folder: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run_folder / "metrics.jsonl", "step")]
+
+
+def start(arguments: list[str], inside: Sequence[str] = (), **more: str) -> subprocess.Popen:
+    """Python with these arguments, run by the command `inside`, with `more` in the environment."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*inside, sys.executable, *arguments], env=environment, **pipes)
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """What each said; all must end well. When one is overdue all are ended, so that the others' words are shown too."""
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=120)[0])
+        except subprocess.TimeoutExpired:
+            for each in processes:
+                each.terminate()
+            outputs.append(process.communicate(timeout=60)[0])
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)[-6000:]
-    return "\n".join(outputs)
+    return outputs
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def check_output(folder: Path, name: str, output: str) -> None:
-    """One process wrote and printed."""
-    assert output.count("2 processes, devices.shard none") == 1
-    assert output.count("finished 2 steps") == 1
-    assert [record["step"] for record in read_metrics(folder / name / "metrics.jsonl", "step")] == [1, 2]
+def check_run(folder: Path, name: str, outputs: list[str], losses_alone: list[float]) -> None:
+    """One process wrote and printed, that of the first node, and the run is that of one process."""
+    assert outputs[0].count("2 processes, devices.shard none") == 1
+    assert outputs[0].count("finished 2 steps") == 1
+    assert all("steps" not in output for output in outputs[1:])
+    assert losses_of(folder / name) == pytest.approx(losses_alone, rel=1e-5)
     assert (folder / name / "checkpoint-000002" / "model.safetensors").is_file()
 
 
-def test_two_nodes_of_torchrun(folder):
-    """Two agents that find each other by address and port, as on two machines."""
+def torchrun_node(rank: int, address: str, port: str, options: str) -> list[str]:
+    """The command of docs/devices.md for several machines, with one process on each."""
+    nodes = ["--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"]
+    place = ["--master_addr", address, "--master_port", port]
+    return ["-m", "torch.distributed.run", *nodes, *place, *COMMAND, options]
+
+
+def check_nodes(outputs: list[str], address: str) -> None:
+    """Each agent was a node of one process, and met the other one at the first one's address."""
+    for rank, output in enumerate(outputs):
+        assert re.search(rf"master_addr={address}\s", output)
+        found = [re.search(rf" {name}=(\S+)", output)[1] for name in ("group_rank", "group_world_size", "global_ranks")]
+        assert found == [str(rank), "2", f"[{rank}]"]
+
+
+@pytest.fixture
+def other_loopback() -> str:
+    """An address of this machine that is no launcher's default."""
+    address = "127.0.0.2"
+    with socket.socket() as server:
+        try:
+            server.bind((address, 0))
+        except OSError:  # a Mac has 127.0.0.1 alone
+            pytest.skip(f"this machine has no {address}")
+    return address
+
+
+def test_two_nodes_of_torchrun(folder, losses_alone, other_loopback):
+    """Two agents that find each other by address and port. The first listens at one address, the second comes from another."""
     options, port = str(config_file(folder, "nodes")), free_port()
-
-    def node(rank: int) -> subprocess.Popen:
-        nodes = ["--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"]
-        address = ["--master_addr", "127.0.0.1", "--master_port", port]
-        return start(["-m", "torch.distributed.run", *nodes, *address, *COMMAND, options])
-
-    check_output(folder, "nodes", finish([node(0), node(1)]))
+    commands = [torchrun_node(rank, other_loopback, port, options) for rank in (0, 1)]
+    outputs = finish([start(command, LOGLEVEL="INFO") for command in commands])
+    check_nodes(outputs, other_loopback)
+    check_run(folder, "nodes", outputs, losses_alone)
 
 
-def test_the_launch_files_of_accelerate(folder):
+def test_two_nodes_in_networks_of_their_own(folder, losses_alone):
+    """The second node can be reached at the address of its cable alone, as a second machine can."""
+    options = str(config_file(folder, "networks"))
+    commands = [torchrun_node(rank, ADDRESSES[0], "29500", options) for rank in (0, 1)]
+    try:
+        with two_networks() as networks:
+            nodes = zip(commands, networks, strict=True)
+            # else a worker tells the address of the machine's own name, which may be 127.0.0.1
+            told = {"LOGLEVEL": "INFO", "GLOO_SOCKET_IFNAME": CABLE}
+            outputs = finish([start(command, inside, **told) for command, inside in nodes])
+    except NotAllowed as why:
+        pytest.skip(f"no networks can be made here: {why}")
+    check_nodes(outputs, ADDRESSES[0])
+    check_run(folder, "networks", outputs, losses_alone)
+
+
+def accelerate_launch(file: str, processes: int, *more: str) -> list[str]:
+    arguments = ["--config_file", str(LAUNCH / file), "--num_processes", str(processes), *more]
+    return ["-m", "accelerate.commands.accelerate_cli", "launch", *arguments, *COMMAND]
+
+
+def test_the_launch_file_of_one_machine(folder, losses_alone):
     pytest.importorskip("accelerate")
-    options = str(config_file(folder, "accelerate"))
-    file = [
-        "--config_file",
-        str(LAUNCH / "one_machine.yaml"),
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        free_port(),
-    ]
-    output = finish([start(["-m", "accelerate.commands.launch", *file, *COMMAND, options])])
-    check_output(folder, "accelerate", output)
+    command = accelerate_launch("one_machine.yaml", 2, "--main_process_port", free_port())
+    outputs = finish([start([*command, str(config_file(folder, "one_machine"))])])
+    check_run(folder, "one_machine", outputs, losses_alone)
+
+
+def test_the_launch_file_of_two_machines(folder, losses_alone, other_loopback):
+    """The command at the head of the file, on each machine; num_processes counts those of both."""
+    pytest.importorskip("accelerate")
+    options, place = str(config_file(folder, "two_machines")), ["--main_process_ip", other_loopback]
+    place += ["--main_process_port", free_port()]
+    commands = [accelerate_launch("two_machines.yaml", 2, "--machine_rank", rank, *place) for rank in ("0", "1")]
+    outputs = finish([start([*command, options], LOGLEVEL="INFO") for command in commands])
+    check_nodes(outputs, other_loopback)
+    check_run(folder, "two_machines", outputs, losses_alone)
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.name)
 def test_launch_files_leave_everything_but_starting_to_the_run(path):
     settings = yaml.safe_load(path.read_text())
     assert settings["distributed_type"] == "MULTI_GPU" and settings["mixed_precision"] == "no"
+    assert settings["use_cpu"] is False and settings["gpu_ids"] == "all"
 
 
 TWO = Devices(CPU, 0, 2)

@@ -140,6 +140,29 @@ def test_what_is_not_finite_is_none():
     json.dumps(record, allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("horizon", "expected"),
+    [
+        (8, 1 / 2),  # tokens 6 and 7, which agree and do not
+        (7, 2 / 3),  # 5.25 is rounded down: tokens 5, 6, 7
+        (10, 0.0),  # 7.5: token 7
+        (4, 3 / 5),  # tokens 3 to 7
+        (1, 4 / 11),  # all
+        (12, None),  # no rollout came to token 9
+    ],
+)
+def test_the_late_agreement_is_that_of_the_last_quarter_of_the_horizon(horizon, expected):
+    """Rollouts of 8 and 3 tokens, counted from 0."""
+    rollouts = make_rollouts([[1], [1]], [[5] * 8, [6] * 3])
+    positions = select_prefix_positions(rollouts, 8)
+    agrees = [0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0] + [0.0, 0.0, 0.0]
+    divergence, zero = divergence_output(11, top1_agreement_N=agrees), torch.tensor(0.0)
+    record = step_metrics(
+        0, zero, zero, 1e-3, divergence, positions, torch.ones(11), rollouts, horizon, StageClock(CPU)
+    )
+    assert record["late_agreement"] == (None if expected is None else pytest.approx(expected))
+
+
 def test_finite_or_none():
     nested = {"a": [1, math.nan, {"b": -math.inf}], "c": "nan", "d": (0.5,), "e": True, "f": None}
     assert finite_or_none(nested) == {"a": [1, None, {"b": None}], "c": "nan", "d": [0.5], "e": True, "f": None}

@@ -219,6 +219,21 @@ def test_a_tokenizer_without_special_tokens():
         find_stop_ids(tokenizer, model_stopping_at(None))
 
 
+def test_the_teachers_tokenizer_may_end_with_another_id():
+    """As those of a base model and an instruct model do, although their ids mean the same."""
+    theirs = make_tokenizer()
+    theirs.eos_token, theirs.pad_token = "#", "."
+    models = model_stopping_at(EOS), model_stopping_at([EOS], 1)
+    assert find_stop_ids(make_tokenizer(), *models, teacher_tokenizer=theirs) == StopIds((EOS, 17), PAD)
+    theirs.eos_token = None
+    assert find_stop_ids(make_tokenizer(), *models, teacher_tokenizer=theirs) == StopIds((EOS,), PAD)
+    ours = make_tokenizer()
+    ours.eos_token = ours.pad_token = None
+    theirs.eos_token = "9"
+    silent = model_stopping_at(None), model_stopping_at(None, 1)
+    assert find_stop_ids(ours, *silent, teacher_tokenizer=theirs) == StopIds((12,), 12)
+
+
 def test_pad_may_be_eos():
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from datetime import date
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,7 +22,10 @@ from esr_distill.monitoring import trackers
 from esr_distill.monitoring.sample_table import SampleWatch, sample_table
 from esr_distill.monitoring.trackers import check_trackers, numbers_of
 from esr_distill.prefix_positions import select_prefix_positions
+from esr_distill.run_folder import begin_folder
 from esr_distill.train import train
+from esr_distill.train_step import train_step
+from esr_distill.training_run import prepare_run
 from esr_kernels import DivergenceOutput
 
 
@@ -69,6 +73,39 @@ def test_rows_by_hand():
     }
     assert "1+2=" in first["prompt"] and "<pad>" not in first["prompt"] + second["prompt"]
     assert (second["tokens"], second["scored_tokens"], second["divergence"], second["finished"]) == (1, 0, None, False)
+
+
+def test_other_columns_of_the_prompts_are_kept_where_they_are_json():
+    rollouts = make_rollouts([[BOS]] * 3, [[5]] * 3)
+    positions = select_prefix_positions(rollouts, 1)
+    columns = [
+        {"id": 7, "nested": {"a": [1, None, "x"]}, "bytes": b"1", "nan": math.nan, "when": date(2026, 1, 2)},
+        {"bytes": b"1"},
+        {},
+    ]
+    watch = SampleWatch(make_tokenizer(), 1, 3, columns)
+    watch(rollouts, positions, divergences(1.0, 1.0, 1.0))
+    assert [row.get("columns") for row in watch.rows][1:] == [None, None]
+    kept = watch.rows[0]["columns"]
+    assert list(kept) == ["id", "nested", "nan"] and kept["id"] == 7 and kept["nested"] == {"a": [1, None, "x"]}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_columns_are_those_of_the_prompt_that_was_answered(tmp_path, console, is_stream):
+    config = monitored_config(tmp_path, samples=3, groups={"rollout": RolloutConfig(6, 4, samples_per_prompt=2)})
+    lines = [{"prompt": f"{i}+{i}=", "name": f"sum {i}", "tags": [i]} for i in range(1, 8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = prepare_run(replace(config, data=replace(config.data, stream_prompts=3 if is_stream else None)), console)
+    names = set()
+    for step in range(1, 6):
+        watch = SampleWatch.of(run, step)
+        train_step(run, step - 1, 6, watch)
+        assert len(watch.rows) == 3
+        for row in watch.rows:
+            (line,) = [line for line in lines if line["prompt"] in row["prompt"]]
+            assert row["columns"] == {"name": line["name"], "tags": line["tags"]}
+            names.add(line["name"])
+    assert len(names) > 4
 
 
 def test_a_divergence_that_is_not_finite_is_none():
@@ -145,7 +182,7 @@ def test_samples_change_no_number_and_a_resumed_run_writes_them_again(tmp_path, 
 
 def test_a_fresh_run_forgets_the_samples_of_a_run_without_checkpoint(tmp_path, console):
     config = monitored_config(tmp_path, steps=1, samples_every=1)
-    Path(config.run.output_dir).mkdir()
+    begin_folder(config)
     (Path(config.run.output_dir) / "samples.jsonl").write_text('{"kind": "sample", "step": 99}\n')
     train(config, console)
     assert [row["step"] for row in samples(config)] == [1] * 4
@@ -273,8 +310,14 @@ def test_options_out_of_range(fields, message):
         MonitoringConfig(**fields)
 
 
-def test_by_default_nothing_more_is_written(tmp_path, console):
-    config = tiny_config(tmp_path, steps=1, rollout=RolloutConfig(horizon=2, batch_size=2))
-    train(config, console)
+def test_by_default_there_are_samples_each_50_steps(tmp_path):
+    console = Console(record=True, width=120)
+    train(tiny_config(tmp_path, steps=51, rollout=RolloutConfig(horizon=1, batch_size=5)), console)
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "samples.jsonl")] == [50] * 4
+    assert console.export_text().count("rollouts of step") == 1
+
+
+def test_samples_can_be_off_and_then_nothing_more_is_written(tmp_path, console):
+    train(monitored_config(tmp_path, steps=1, samples_every=None), console)
     assert not (tmp_path / "run" / "samples.jsonl").exists()
     assert {record["kind"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")} == {"step"}

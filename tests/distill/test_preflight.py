@@ -9,9 +9,19 @@ from tiny_models import make_model, make_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import Gemma2Config, GPT2Config, MambaConfig, PreTrainedTokenizerFast
 
-from esr_distill.config import DataConfig, LossConfig, ModelConfig, TrainConfig
+from esr_distill.config import (
+    DataConfig,
+    HorizonScheduleConfig,
+    LossConfig,
+    ModelConfig,
+    RolloutConfig,
+    SelectionConfig,
+    SelectionRule,
+    TrainConfig,
+)
 from esr_distill.input_error import InputError
 from esr_distill.preflight import (
+    check_options,
     check_token_ids,
     check_tokenizer_pair,
     check_vocab_sizes,
@@ -105,6 +115,85 @@ def test_a_token_that_a_model_cannot_embed(widths, option):
     pair = [make_model(seed, vocab_size=width) for seed, width in enumerate(widths)]
     with pytest.raises(InputError, match=f"model.{option} must embed the tokenizer's ids up to 19, got 19 embeddings"):
         check_token_ids(tokenizer, *pair, with_vocab_size(None))
+
+
+@pytest.mark.parametrize("kind", ["token_ids", "token_classes"])
+def test_a_rule_about_an_id_that_no_token_has(tmp_path, kind):
+    """The tokenizer's largest id is 18. The rule stands inside of another."""
+    pair = make_model(0, vocab_size=24), make_model(1, vocab_size=24)
+    for last in (18, 19):
+        table = tmp_path / f"{last}.json"
+        table.write_text(f'{{"3": "digit", "{last}": "digit", "99": "other"}}')
+        fields = {"token_ids": [3, last]} if kind == "token_ids" else {"table": str(table), "classes": ["digit"]}
+        rules = [SelectionRule("any", rules=[SelectionRule("finished"), SelectionRule(kind, **fields)])]
+        config = replace(CONFIG, selection=SelectionConfig(rules))
+        check_options(config, torch.device("cpu"))
+        if last == 18:
+            check_token_ids(make_tokenizer(), *pair, config)
+            continue
+        option = "token_ids" if kind == "token_ids" else "table"
+        with pytest.raises(
+            InputError, match=rf"selection\.rules\.{option} must hold ids of the tokenizer, at most 18, got 19"
+        ):
+            check_token_ids(make_tokenizer(), *pair, config)
+
+
+def test_a_table_of_classes_is_read_before_anything_is_loaded():
+    rules = [SelectionRule("token_classes", table="nowhere.json", classes=["planning"])]
+    with pytest.raises(InputError, match=r"selection\.rules\.table must be a JSON file .*, got 'nowhere\.json'"):
+        check_options(replace(CONFIG, selection=SelectionConfig(rules)), torch.device("cpu"))
+
+
+# An adaptive horizon, which grows from 8 to 20 with what the tokens 6, 7 and at last 15 to 19 show.
+
+
+def check_adaptive(*rules: SelectionRule, combine: str = "all") -> None:
+    schedule = HorizonScheduleConfig("adaptive", start=8, increment=4, agreement=0.8)
+    selection = SelectionConfig(list(rules), combine)
+    config = replace(CONFIG, horizon=schedule, rollout=RolloutConfig(horizon=20), selection=selection)
+    check_options(config, torch.device("cpu"))
+
+
+FINISHED, BEST = SelectionRule("finished"), SelectionRule("top", score="divergence", tokens=1)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [],
+        [SelectionRule("prefix", tokens=16)],
+        [SelectionRule("suffix", start=7)],
+        [SelectionRule("window", tokens=10, start=6)],
+        [SelectionRule("window", tokens=1, start="last"), BEST],
+        [SelectionRule("scatter", tokens=1), FINISHED, SelectionRule("token_ids", token_ids=[7])],
+        [SelectionRule("any", rules=[SelectionRule("prefix", tokens=3), FINISHED])],
+        [SelectionRule("all", rules=[SelectionRule("prefix", tokens=3), BEST], complement=True)],
+    ],
+)
+def test_rules_that_leave_late_tokens_to_an_adaptive_horizon(rules):
+    check_adaptive(*rules)
+
+
+@pytest.mark.parametrize(
+    ("rules", "horizon"),
+    [
+        ([SelectionRule("prefix", tokens=15)], 20),
+        ([SelectionRule("prefix", tokens=6)], 8),
+        ([SelectionRule("suffix", start=8)], 8),
+        ([SelectionRule("prefix", tokens=8, complement=True)], 8),
+        ([SelectionRule("window", tokens=4, start="middle")], 8),  # tokens 2 to 5
+        (
+            [BEST, SelectionRule("any", rules=[SelectionRule("prefix", tokens=3), SelectionRule("prefix", tokens=12)])],
+            20,
+        ),
+    ],
+)
+def test_rules_by_which_an_adaptive_horizon_would_never_move(rules, horizon):
+    message = rf"selection\.rules must leave tokens of the last quarter .* got none at a horizon of {horizon}$"
+    with pytest.raises(InputError, match=message):
+        check_adaptive(*rules)
+    # The other kinds do not look at these tokens.
+    check_options(replace(CONFIG, selection=SelectionConfig(rules)), torch.device("cpu"))
 
 
 # Lengths

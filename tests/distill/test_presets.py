@@ -1,19 +1,23 @@
 """Does each preset draw and train what its paper's rule says?  pytest tests/distill/test_presets.py"""
 
+import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import EOS, make_rollouts
+from tiny_models import EOS, make_model, make_rollouts
 
-from esr_distill.config import TrainConfig
+from esr_distill.config import HorizonScheduleConfig, TrainConfig
 from esr_distill.config_file import load_saved_config, parse_train_options, save_config
-from esr_distill.distill_loss import normalize_divergence
+from esr_distill.distill_loss import make_divergence, normalize_divergence
 from esr_distill.horizon_schedule import HorizonSchedule
-from esr_distill.prefix_positions import select_prefix_positions
+from esr_distill.input_error import InputError
+from esr_distill.prefix_positions import PrefixPositions, select_prefix_positions
 from esr_distill.presets import PRESETS
+from esr_distill.score_positions import score_positions
 from esr_distill.token_selection import TokenSelection
-from esr_kernels import DivergenceOutput
+from esr_kernels import DivergenceOutput, Impl
 
 REQUIRED = ["--model.student", "s", "--model.teacher", "t", "--data.prompts", "p.jsonl"]
 LENGTHS = [257, 40]  # the second rollout ends by itself
@@ -22,6 +26,7 @@ REQUESTS = torch.tensor([0, 1])
 NUM_TOKENS = sum(LENGTHS)
 
 
+@functools.cache
 def config_of(preset: str, *more: str) -> TrainConfig:
     return parse_train_options([*REQUIRED, "--preset", preset, *more])
 
@@ -124,9 +129,133 @@ def test_every_preset_is_a_whole_config_and_is_saved_resolved(tmp_path):
         assert config.loss.divergence == "reverse_kl" and config.loss.merge_stop_ids
 
 
-def test_the_entropy_gate_adds_the_forward_kl():
-    loss = config_of("entropy-aware").loss
-    assert (loss.gated_divergence, loss.gate_coefficient, loss.gate_entropy) == ("forward_kl", 1.0, 0.8)
+SEQUENCES = ("esr", "full", "full-loss-masked", "middle-window", "last-window", "random-window", "scatter")
+NORMALIZERS = dict.fromkeys(SEQUENCES, "sequence_mean")
+NORMALIZERS |= {
+    "popd": "sum",
+    "topd": "sum",
+    "tip": "token_mean",
+    "iw-opd": "token_mean",
+    "entropy-aware": "token_mean",
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_normalisers_by_hand(preset):
+    """The paper's code averages over the tokens of a rollout, POPD and TOPD add over them, the others average over the batch."""
+    config, divergence = config_of(preset), scores()
+    positions, weights_N = selected(config, divergence)
+    of_rows: list[list[float]] = [[], []]
+    for row, slot, weight in zip(positions.row_N.tolist(), positions.slot_N.tolist(), weights_N.tolist(), strict=True):
+        if weight > 0:
+            of_rows[row].append(weight * divergence.divergence_N[LENGTHS[0] * row + slot].item())
+    expected = {
+        "sequence_mean": sum(sum(values) / len(values) for values in of_rows) / 2,
+        "sum": sum(map(sum, of_rows)) / 2,
+        "token_mean": sum(map(sum, of_rows)) / sum(map(len, of_rows)),
+    }
+    index_N = LENGTHS[0] * positions.row_N + positions.slot_N
+    loss = normalize_divergence(
+        divergence.divergence_N[index_N],
+        weights_N,
+        positions.row_N,
+        2,
+        config.loss.normalizer,
+        config.loss.denominator,
+    )
+    assert loss.item() == pytest.approx(expected[NORMALIZERS[preset]], rel=1e-5)
+
+
+STUDENT = [[0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]]
+TEACHER = [[0.5, 0.48, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25], [0.7, 0.22, 0.05, 0.03], [0.7, 0.2, 0.06, 0.04]]
+
+
+def test_entropy_aware_by_hand():
+    """Teacher entropies 0.791, 1.386, 0.838 and 0.869 nats: just below the gate, and above it. The head is the identity, so
+    hidden states are logits."""
+    config = config_of("entropy-aware")
+    model = make_model(vocab_size=4, hidden_size=4).requires_grad_(False)
+    torch.nn.init.eye_(model.lm_head.weight)
+    run = SimpleNamespace(
+        config=config,
+        student=model,
+        teacher=model,
+        stop=SimpleNamespace(eos_ids=(3,)),
+        divergence=make_divergence(config.loss),
+        divergence_impl=Impl.REFERENCE,
+    )
+    # two rollouts of three tokens and of one, behind a prompt of one token
+    positions = PrefixPositions(
+        *(torch.tensor(values) for values in ([0, 0, 0, 1], [0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 0]))
+    )
+    hidden = []
+    for probabilities in (STUDENT, TEACHER):
+        logits_B_T_V = torch.zeros(2, 3, 4)
+        logits_B_T_V[positions.row_N, positions.column_N] = torch.tensor(probabilities).log()
+        hidden.append(logits_B_T_V)
+    divergence = score_positions(run, *hidden, positions)
+
+    def kl(first: list[float], second: list[float]) -> float:
+        return sum(a * math.log(a / b) for a, b in zip(first, second, strict=True))
+
+    expected = []
+    for student, teacher in zip(STUDENT, TEACHER, strict=True):
+        is_unsure = -sum(q * math.log(q) for q in teacher) > 0.8
+        expected.append(kl(student, teacher) + (kl(teacher, student) if is_unsure else 0))
+    assert [-sum(q * math.log(q) for q in teacher) > 0.8 for teacher in TEACHER] == [False, True, True, True]
+    assert divergence.divergence_N.tolist() == pytest.approx(expected, rel=1e-4)
+    loss = normalize_divergence(divergence.divergence_N, torch.ones(4), positions.row_N, 2, config.loss.normalizer)
+    assert loss.item() == pytest.approx(sum(expected) / 4, rel=1e-4)
+    assert (config.rollout.horizon, config.loss.prefix_tokens, config.selection.rules) == (3584, None, [])
+
+
+@pytest.mark.parametrize(
+    ("preset", "arguments", "expected"),
+    [
+        ("popd", ["--horizon.kind", "fixed"], HorizonScheduleConfig()),
+        ("topd", ["--horizon.kind", "fixed"], HorizonScheduleConfig()),
+        ("popd", ["--horizon.kind", "linear"], HorizonScheduleConfig("linear", start=100)),
+        ("popd", ["--horizon.kind", "stairs"], HorizonScheduleConfig("stairs", start=100, increment=100, every=10)),
+        ("topd", ["--horizon.kind", "linear", "--horizon.start", "7"], HorizonScheduleConfig("linear", start=7)),
+    ],
+)
+def test_another_horizon_kind_takes_along_what_it_has_no_use_for(preset, arguments, expected):
+    config = config_of(preset, *arguments)
+    assert config.horizon == expected and config.loss.normalizer == "sum"
+
+
+def test_a_gate_that_is_switched_off_takes_its_options_along():
+    loss = config_of("entropy-aware", "--loss.gated_divergence", "null").loss
+    assert (loss.gated_divergence, loss.gate_coefficient, loss.gate_entropy) == (None, None, None)
+    loss = config_of("entropy-aware", "--loss.gated_divergence", "total_variation").loss
+    assert (loss.gated_divergence, loss.gate_coefficient, loss.gate_entropy) == ("total_variation", 1.0, 0.8)
+
+
+@pytest.mark.parametrize("option", ["--max_completion_length", "--rollout.horizon"])
+def test_a_horizon_below_the_presets_prefix_trains_all_of_it(option):
+    assert config_of("full-loss-masked", option, "50").loss.prefix_tokens is None
+    assert config_of("full-loss-masked", option, "150").loss.prefix_tokens == 100
+    assert config_of("full-loss-masked", option, "50").trained_tokens == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["popd", "--rollout.horizon", "50"],
+            r"horizon\.start must be below rollout\.horizon = 50, .*, got 100 \(--preset popd sets horizon\.start: 100\)",
+        ),
+        (["topd", "--horizon.kind", "linear"], r"horizon\.start must be set for horizon\.kind linear, got None$"),
+        (
+            ["full-loss-masked", "--horizon.kind", "adaptive", "--horizon.start", "9"]
+            + ["--horizon.increment", "1", "--horizon.agreement", "0.5"],
+            r"loss\.prefix_tokens must be unset .*, got 100 \(--preset full-loss-masked sets loss\.prefix_tokens: 100\)",
+        ),
+    ],
+)
+def test_an_error_about_a_value_of_the_preset_says_so(arguments, message):
+    with pytest.raises(InputError, match=message):
+        config_of(*arguments)
 
 
 def test_options_win_over_the_preset_also_with_its_default_and_lists_are_not_mixed(tmp_path):

@@ -5,6 +5,7 @@ pytest tests/distill/test_prompt_stream.py
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,33 @@ def test_samples_and_ranks_share_the_same_order():
                 for rank, stream in enumerate(streams)
             ]
             assert torch.equal(torch.cat(parts), whole[step])
+
+
+def test_the_digest_of_what_was_read_knows_later_windows_and_not_what_is_still_to_come():
+    class Changed(Numbers):
+        """Number 5 is 9."""
+
+        def records(self) -> Iterator[PromptRecord]:
+            for record in super().records():
+                yield replace(record, prompt="9") if record.prompt == "5" else record
+
+    same, other = make_stream(Numbers(10), 4), make_stream(Changed(10), 4)
+    assert same.digest == other.digest
+    # number 5 is in the second window, of turns 4 to 7
+    for turns, is_equal in ((0, True), (4, True), (5, False), (8, False), (30, False)):
+        assert (same.digest_before(turns) == other.digest_before(turns)) == is_equal
+    before = same.digest_before(12)
+    numbers(same, range(2))  # reads the source again
+    assert same.digest_before(9) == before != same.digest_before(13)
+
+
+def test_every_rank_meets_a_bad_prompt_in_the_same_step():
+    """It is in the window of turns 6 and 7, of which the first rank has none."""
+    for rank in (0, 1):
+        stream = make_stream(Numbers(10, long=(6,)), 2)
+        next_prompt_batch(stream, 4, 0, 0, rank=rank, world_size=2)
+        with pytest.raises(InputError, match="got 7 tokens in prompt 8"):
+            next_prompt_batch(stream, 4, 1, 0, rank=rank, world_size=2)
 
 
 def test_only_the_window_is_read_ahead():

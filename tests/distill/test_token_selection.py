@@ -118,6 +118,43 @@ def test_the_end_of_sequence_token_can_be_left_out():
     assert kept(rollouts=rollouts, requests=REQUESTS[:1], keep_eos=False) == [(0, 0), (0, 1), (0, 2)]
 
 
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (rule("prefix", tokens=2), tokens([0, 1], [0, 1], [0])),
+        (rule("window", tokens=2, start="last"), tokens([3, 4], [0, 1], [0])),
+        (rule("window", tokens=1, start="middle"), tokens([2], [0], [0])),
+        (rule("window", tokens=2, start="random"), None),
+        (rule("scatter", tokens=2), None),
+        (rule("window", tokens=1, start="last", complement=True), tokens([0, 1, 2, 3], [0], [])),
+        (rule("top", score="divergence", share=0.5), tokens([1, 2, 4], [1], [0])),
+    ],
+)
+def test_without_the_end_of_sequence_token_the_other_tokens_are_the_rollout(rules, expected):
+    """A finished rollout of two tokens and an end keeps as many tokens as one of two that was cut."""
+    found = kept(rules=rules, keep_eos=False)
+    assert found == expected if expected is not None else [row for row, _ in found] == [0, 0, 1, 1, 2]
+    assert (1, 2) not in found
+
+
+def test_shares_are_rounded_up_from_what_is_written():
+    """0.15 x 100 is above 15 in float32, 0.07 x 100 above 7 and 0.55 x 100 above 55 in float64."""
+    one = make_rollouts([[1]], [[5] * 100])
+    positions = select_prefix_positions(one, 100)
+    values = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    divergence = DivergenceOutput(*[values] * 6)
+    for share, count in ((0.15, 15), (0.55, 55), (0.07, 7), (0.151, 16), (1.0, 100), (1e-9, 1)):
+        config = SelectionConfig(rules=rule("top", score="divergence", share=share))
+        weights_N = TokenSelection.of(one, config, REQUESTS[:1], 0).weights_N(positions, divergence)
+        assert weights_N.nonzero().squeeze(1).tolist() == sorted(values.argsort(descending=True)[:count].tolist())
+    many = make_rollouts([[1]] * 100, [[5]] * 100)
+    positions = select_prefix_positions(many, 1)
+    for share, count in ((0.07, 7), (0.55, 55)):
+        config = SelectionConfig(rules=rule("rows", score="divergence", share=share))
+        weights_N = TokenSelection.of(many, config, torch.arange(100), 0).weights_N(positions, divergence)
+        assert weights_N.sum() == count
+
+
 @pytest.mark.parametrize("kind, fields", [("window", {"start": "random"}), ("scatter", {})])
 def test_random_choices_are_uniform_and_of_the_rollout_alone(kind, fields):
     """Two of five tokens; each window of two is equally likely, and so is each pair."""
@@ -211,6 +248,20 @@ def test_nothing_is_left():
         (lambda: SelectionRule("top", score="tip", share=1.5), r"rules\.share must be above 0 and at most 1, got 1\.5"),
         (lambda: SelectionRule("prefix", tokens=1, scope="batch"), r"rules\.scope must be rollout but for top"),
         (lambda: SelectionRule("threshold", score="tip"), r"rules\.at_least must be set for threshold, or at_most"),
+        (
+            lambda: SelectionRule("threshold", score="tip", at_least=math.nan),
+            r"at_least must be a finite number, got nan",
+        ),
+        (
+            lambda: SelectionRule("threshold", score="tip", at_most=math.inf),
+            r"at_most must be a finite number, got inf",
+        ),
+        (
+            lambda: SelectionRule("threshold", score="tip", at_least=5.0, at_most=1.0),
+            r"selection\.rules\.at_least must be at most selection\.rules\.at_most = 1\.0, got 5\.0",
+        ),
+        (lambda: SelectionRule("token_ids", token_ids=[-3, 7]), r"rules\.token_ids must be ids >= 0, got \[-3, 7\]"),
+        (lambda: SelectionRule("token_ids", token_ids=[]), r"rules\.token_ids must be one or more, got \[\]"),
         (lambda: WeightRule("decay", rate=-1.0), r"weights\.rate must be > 0 \(sigmoid: not 0\), got -1\.0"),
         (lambda: WeightRule("sigmoid", rate=1.0), r"weights\.start must be set for sigmoid, got None"),
         (lambda: SelectionConfig(rescale_weights=True), r"selection\.rescale_weights must be false unless"),

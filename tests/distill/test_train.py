@@ -201,26 +201,6 @@ def test_a_loss_masked_full_rollout_generates_all_and_trains_the_prefix(tmp_path
         assert record["trained_tokens"] <= 4 * 3
 
 
-@pytest.mark.parametrize("normalizer", ["sequence_mean", "token_mean", "sum"])
-@pytest.mark.parametrize(
-    ("divergence", "parameter"),
-    [
-        ("forward_kl", None),
-        ("jsd", 0.5),
-        ("skew_reverse_kl", 0.1),
-        ("total_variation", None),
-        ("alpha_divergence", 0.5),
-    ],
-)
-def test_the_switches_are_independent(tmp_path, console, normalizer, divergence, parameter):
-    loss = LossConfig(
-        divergence=divergence, divergence_parameter=parameter, normalizer=normalizer, loss_temperature=2.0
-    )
-    config = tiny_config(tmp_path, steps=1, loss=loss)
-    train(config, console)
-    assert losses(config)[0] > 0
-
-
 def test_a_padded_teacher_head_is_cut_and_surplus_ids_are_never_drawn(tmp_path, console, monkeypatch):
     """Student with 3 surplus ids, teacher with 5, tokenizer with 19: everything happens on the first 19."""
     config = tiny_config(tmp_path, steps=2)

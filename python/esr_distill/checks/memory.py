@@ -18,6 +18,7 @@ from esr_distill.checks.planned_launch import ONE_PROCESS, PlannedLaunch
 from esr_distill.checks.weight_memory import GatheredParts, own_bytes
 from esr_distill.hidden_states import last_hidden_states
 from esr_distill.models.teacher import OffloadedTeacher
+from esr_distill.monitoring.teacher_rank import LOGITS_AT_A_TIME
 from esr_distill.packed_attention import Packing, packing_of
 from esr_distill.prompts import PromptStream, pad_prompts
 from esr_distill.rollout import RolloutBatch
@@ -29,6 +30,7 @@ GIB = 2**30
 WORKSPACE_SHARE = 16  # linear_divergence may hold this part of a CUDA device's memory
 # Of size (N, V) in float32, about so many of which the plain reference holds at its peak.
 REFERENCE_TENSORS = 14
+RANK_TENSORS = 4  # the same of the teacher's ranks
 LOGIT_BYTES = 12  # two logits in float32 and a kept gradient in float32, at most
 SMALL_SHARE = 0.9  # of the memory: above it the estimate is too near to be relied on
 FORWARD_TOKENS = (16, 48)
@@ -111,7 +113,7 @@ def estimate_memory(run: TrainingRun, launch: PlannedLaunch = ONE_PROCESS) -> Me
                 "KV cache of the probe": answers * length * cache,
                 "forwards of one answer": waits
                 + length * (forward_only_bytes(run, student) + forward_only_bytes(run, teacher)),
-                "divergence": workspace_bytes(run, settings.probe_tokens),
+                "divergence": max(workspace_bytes(run, settings.probe_tokens), rank_bytes(run, settings.probe_tokens)),
             }
         )
     if launch.is_student_sharded:
@@ -155,6 +157,13 @@ def workspace_bytes(run: TrainingRun, scored: int) -> int:
     head = run.student.get_output_embeddings().weight
     total = torch.cuda.get_device_properties(run.device).total_memory
     return min(total // WORKSPACE_SHARE, scored * width * LOGIT_BYTES) + (head.numel() * 4 if head.requires_grad else 0)
+
+
+def rank_bytes(run: TrainingRun, scored: int) -> int:
+    """What the ranks of so many tokens hold, after their divergence: some rows of logits, and a head in float32."""
+    heads = [model.get_output_embeddings().weight for model in (run.student, run.teacher)]
+    logits = min(LOGITS_AT_A_TIME, scored * max(len(head) for head in heads))
+    return RANK_TENSORS * logits * 4 + max(0 if head.dtype == torch.float32 else head.numel() * 4 for head in heads)
 
 
 @torch.no_grad()

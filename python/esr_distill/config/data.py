@@ -25,7 +25,7 @@ class DataConfig:
         prompts: JSONL file (.jsonl, .jsonl.xz or .jsonl.gz); parquet file; folder of parquet files, or a pattern of files such as
             "data/*.parquet"; folder saved by datasets; data set of the hub, owner/name or hf://NAME or hf://NAME@REVISION.
         chat_template: Wrap text prompts as one user message in the tokenizer's chat template.
-        system_prompt: System message put before every chat prompt.
+        system_prompt: System message put before every chat prompt; an error for a prompt that has its own.
         max_prompt_tokens: Longest prompt allowed; unset means whatever fits into both models' context.
         long_prompts: What to do with longer prompts, stop with an error or drop them and say how many.
         prompt_column: Column with the prompts, each a text or a list of chat messages with role and content.

@@ -70,6 +70,7 @@ class EvalConfig:
         device: Where the model lives; auto takes CUDA when there is one.
         model_gguf_file: Name of a GGUF file in model, from which weights and tokenizer are read (package gguf).
         trust_remote_code: Run Python code that comes with the model. Read it first.
+        vocab_size: Draw only ids below it, as training with loss.vocab_size does; unset draws from the whole head.
         scorer: How the answer is found in a reply and compared; number_after_hash and last_number compare numbers, boxed_exact
             the text of the last box without spacing, boxed_math its mathematics (needs math-verify).
         max_tokens: Response tokens after which a reply counts as cut.
@@ -99,6 +100,7 @@ class EvalConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model_gguf_file: str | None = None
     trust_remote_code: bool = False
+    vocab_size: int | None = None
     scorer: ScorerName = "last_number"
     max_tokens: int = 512
     samples_per_problem: int = 1
@@ -119,6 +121,8 @@ class EvalConfig:
         require(bool(self.prompts), "prompts", "the path of a JSONL file", self.prompts)
         gguf_file = self.model_gguf_file
         require(gguf_file != "", "model_gguf_file", "the name of a file or unset", gguf_file)
+        vocab_size = self.vocab_size
+        require(vocab_size is None or vocab_size >= 1, "vocab_size", ">= 1 or unset", vocab_size)
         check_replies(self, "")
         is_greedy = self.sampling_temperature == 0
         must_be = "inprocess for a sampling_temperature above 0"

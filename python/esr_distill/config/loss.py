@@ -17,7 +17,8 @@ class LossConfig:
     Args:
         divergence: Divergence between student and teacher at each position.
         divergence_parameter: beta of jsd, lam of the skew KLs, alpha of alpha_divergence; unset for the others.
-        loss_temperature: Temperature of both distributions in the loss.
+        loss_temperature: Temperature T of both distributions in the loss. The loss is not multiplied by T^2, as some definitions
+            have it to keep the size of the gradient: a T above 1 makes both smaller.
         prefix_tokens: Train only the first this many response tokens; unset trains the whole rollout.
         normalizer: sequence_mean averages over a rollout's positions, then over rollouts (the paper's code); token_mean
             averages over all positions of the batch; sum adds over positions and averages over rollouts (the paper's equation);

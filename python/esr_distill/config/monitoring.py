@@ -13,7 +13,7 @@ class MonitoringConfig:
     """What is shown and recorded beside metrics.jsonl, which is always written. None of it changes the run.
 
     Args:
-        samples_every: Each this many steps, show rollouts of the step and add them to samples.jsonl; unset is off.
+        samples_every: Each this many steps, show rollouts of the step and add them to samples.jsonl; null is off.
         samples: How many rollouts are shown and recorded, the first ones of the batch.
         sample_width: Characters of a prompt and of a rollout that are shown; samples.jsonl has all of them.
         trackers: Who gets the numbers too, through accelerate's trackers, each by its own package, e.g. [tensorboard].
@@ -25,7 +25,7 @@ class MonitoringConfig:
         probe_seed: Seed of the choice of these prompts and of sampling, the same in every probe.
     """
 
-    samples_every: int | None = None
+    samples_every: int | None = 50
     samples: int = 4
     sample_width: int = 400
     trackers: list[TrackerName] = field(default_factory=list)

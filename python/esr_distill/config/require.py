@@ -6,7 +6,9 @@ from esr_distill.input_error import InputError
 
 
 def require(condition: bool, option: str, must_be: str, value: object) -> None:
-    """Raises InputError where the condition does not hold, or a float is not finite."""
-    is_finite = not isinstance(value, float) or math.isfinite(value)
-    if not (condition and is_finite):
+    """Raises InputError where a float is not finite, or the condition does not hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        must_be = "a finite number"
+        condition = False
+    if not condition:
         raise InputError(f"{option} must be {must_be}, got {value!r}")

@@ -6,7 +6,19 @@ from typing import Literal
 from esr_distill.config.require import require
 
 RuleKind = Literal[
-    "prefix", "window", "suffix", "scatter", "top", "threshold", "token_ids", "divergence_share", "finished", "rows"
+    "prefix",
+    "window",
+    "suffix",
+    "scatter",
+    "top",
+    "threshold",
+    "token_ids",
+    "token_classes",
+    "divergence_share",
+    "finished",
+    "rows",
+    "all",
+    "any",
 ]
 ScoreName = Literal[
     "divergence",
@@ -29,9 +41,12 @@ RULE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "top": ({"score"}, {"tokens", "share"}),
     "threshold": ({"score"}, {"at_least", "at_most"}),
     "token_ids": ({"token_ids"}, set()),
+    "token_classes": ({"table", "classes"}, set()),
     "divergence_share": ({"share"}, set()),
     "finished": (set(), set()),
     "rows": ({"score", "share"}, set()),
+    "all": ({"rules"}, set()),
+    "any": ({"rules"}, set()),
 }
 WEIGHT_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "decay": ({"rate"}, {"start", "floor"}),
@@ -60,21 +75,27 @@ class SelectionRule:
     Args:
         kind: prefix keeps t < tokens; window a run of `tokens` from `start` on; suffix t >= start; scatter `tokens` tokens drawn
             without replacement; top those of the highest score, `tokens` or a `share` of them in each rollout or in the batch;
-            threshold those whose score is at_least and at_most so much; token_ids the ids named; divergence_share the shortest
-            prefix of all rollouts that holds this share of the batch's divergence by position; finished all tokens of rollouts
-            that ended with an end-of-sequence id; rows all tokens of the `share` of rollouts whose mean score is highest.
+            threshold those whose score is at_least and at_most so much; token_ids the ids named; token_classes the ids that
+            `table` puts into one of `classes`; divergence_share the shortest prefix of all rollouts that holds this share of the
+            batch's divergence by position; finished all tokens of rollouts that ended with an end-of-sequence id; rows all tokens
+            of the `share` of rollouts whose mean score is highest; all and any what all or any of their own `rules` keep.
         tokens: How many. A rollout that has fewer keeps what it has.
         start: First token, or middle, last or random for a window: (n - tokens) / 2 rounded down, n - tokens, drawn uniformly
             from 0 to n - tokens.
         score: Of a token: divergence; student_entropy and teacher_entropy in nats; surprise -log q(token) and teacher_logprob
             log q(token) of the teacher's q; log_ratio |log q(token) - log p(token)|; disagreement 1 where the likeliest ids
-            differ; tip e + d - e d of student entropy and divergence, each scaled to 0 to 1 over the batch (arXiv 2604.14084).
+            differ; tip e + d - e d of student entropy and divergence, each scaled to 0 to 1 over the tokens of the batch that are
+            compared (arXiv 2604.14084).
         share: Above 0, at most 1; numbers of tokens and rollouts are rounded up.
         scope: Whether top compares tokens within each rollout or all of the batch.
         at_least: Least score kept.
         at_most: Largest score kept.
         token_ids: Ids kept.
         complement: Keep what the rule does not keep.
+        table: JSON file with the class of each id, {"785": "planning", ...}; an id that it leaves out is in no class. `python -m
+            esr_distill.token_selection.paper_classes` writes the paper's classes for a tokenizer.
+        classes: Names of classes of the table.
+        rules: Rules that all and any join, e.g. (A and B) or C as {kind: any, rules: [{kind: all, rules: [A, B]}, C]}.
     """
 
     kind: RuleKind = "prefix"
@@ -87,14 +108,14 @@ class SelectionRule:
     at_most: float | None = None
     token_ids: list[int] | None = None
     complement: bool = False
+    table: str | None = None
+    classes: list[str] | None = None
+    rules: list["SelectionRule"] | None = None
 
     def __post_init__(self) -> None:
         option = "selection.rules"
-        given = {
-            name: getattr(self, name)
-            for name in ("tokens", "start", "score", "share", "at_least", "at_most", "token_ids")
-        }
-        _check_fields(option, self.kind, given, RULE_FIELDS)
+        names = ("tokens", "start", "score", "share", "at_least", "at_most", "token_ids", "table", "classes", "rules")
+        _check_fields(option, self.kind, {name: getattr(self, name) for name in names}, RULE_FIELDS)
         require(self.tokens is None or self.tokens >= 1, f"{option}.tokens", ">= 1", self.tokens)
         require(self.share is None or 0 < self.share <= 1, f"{option}.share", "above 0 and at most 1", self.share)
         is_number = isinstance(self.start, int)
@@ -111,15 +132,30 @@ class SelectionRule:
             )
         require(self.scope == "rollout" or self.kind == "top", f"{option}.scope", "rollout but for top", self.scope)
         if self.kind == "threshold":
-            has_bound = self.at_least is not None or self.at_most is not None
-            require(has_bound, f"{option}.at_least", "set for threshold, or at_most, or both", self.at_least)
-        require(
-            self.token_ids is None or len(self.token_ids) > 0, f"{option}.token_ids", "one id or more", self.token_ids
-        )
+            self._check_bounds(option)
+        is_id = self.token_ids is None or min(self.token_ids, default=0) >= 0
+        require(is_id, f"{option}.token_ids", "ids >= 0", self.token_ids)
+        for name in ("token_ids", "classes", "rules"):
+            value = getattr(self, name)
+            require(value is None or len(value) > 0, f"{option}.{name}", "one or more", value)
+
+    def _check_bounds(self, option: str) -> None:
+        least, most = self.at_least, self.at_most
+        for name in ("at_least", "at_most"):
+            require(True, f"{option}.{name}", "a number", getattr(self, name))
+        has_bound = least is not None or most is not None
+        require(has_bound, f"{option}.at_least", "set for threshold, or at_most, or both", least)
+        is_open = least is None or most is None or least <= most
+        require(is_open, f"{option}.at_least", f"at most {option}.at_most = {most}", least)
+
+    @property
+    def leaves(self) -> list["SelectionRule"]:
+        """The rules in it that have none of their own, in the order in which they are written; itself where it has none."""
+        return [self] if self.rules is None else [leaf for rule in self.rules for leaf in rule.leaves]
 
     @property
     def needs_scores(self) -> bool:
-        return self.kind in SCORED_KINDS
+        return any(leaf.kind in SCORED_KINDS for leaf in self.leaves)
 
 
 @dataclass(frozen=True)
@@ -155,12 +191,13 @@ class SelectionConfig:
     """Which of the drawn tokens train; without rules all of them, as far as loss.prefix_tokens goes.
 
     Args:
-        rules: Rules in YAML or JSON, e.g. [{kind: window, tokens: 100, start: middle}]. Scores are of the tokens that the rules
-            without scores leave (with combine: all).
+        rules: Rules in YAML or JSON, e.g. [{kind: window, tokens: 100, start: middle}]. A rule that must hold together with
+            others (combine: all, kind: all) compares the scores of those tokens alone that the others can leave, as far as
+            positions, ids and lengths say.
         combine: Whether a token must be kept by all rules or by any.
         weights: Factors of the weight of a kept token, e.g. [{kind: decay, rate: 0.015, start: 100, floor: 0.05}].
         rescale_weights: Scale the weights of a batch so that their mean over kept tokens is 1.
-        keep_eos: Let the end-of-sequence token of a rollout train.
+        keep_eos: Let the end-of-sequence token of a rollout train; if not, it is no token of the rollout for the rules either.
     """
 
     rules: list[SelectionRule] = field(default_factory=list)
@@ -178,9 +215,19 @@ class SelectionConfig:
         )
 
     @property
+    def joined_rule(self) -> SelectionRule | None:
+        """All rules as one, None where there are none."""
+        return SelectionRule(self.combine, rules=self.rules) if self.rules else None
+
+    @property
+    def leaves(self) -> list[SelectionRule]:
+        """The rules without rules of their own, in the order in which they are written."""
+        return [leaf for rule in self.rules for leaf in rule.leaves]
+
+    @property
     def compares_rollouts(self) -> str | None:
         """The first option that compares the rollouts of a whole batch, None where each is looked at by itself."""
-        for rule in self.rules:
+        for rule in self.leaves:
             if rule.kind in ("divergence_share", "rows"):
                 return f"kind {rule.kind} in selection.rules"
             if rule.scope == "batch":

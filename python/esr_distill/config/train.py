@@ -43,6 +43,9 @@ class TrainConfig:
                 "unset for horizon.kind adaptive, which looks at the last tokens",
                 tokens,
             )
+        start = self.horizon.start
+        moves = start is None or start < horizon
+        require(moves, "horizon.start", f"below rollout.horizon = {horizon}, or the horizon never moves", start)
         probed = self.monitoring.probe_tokens
         must_be = f">= rollout.horizon = {horizon} with monitoring.probe_every"
         is_long = self.monitoring.probe_every is None or probed >= horizon

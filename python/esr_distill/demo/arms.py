@@ -8,6 +8,7 @@ from esr_distill.config import (
     EvaluationConfig,
     LossConfig,
     ModelConfig,
+    MonitoringConfig,
     OptimizerConfig,
     RolloutConfig,
     RunConfig,
@@ -85,6 +86,7 @@ def arm_config(name: str, demo: DemoConfig, output_dir: Path) -> TrainConfig:
             batch_size=128,
             limit=CURVE_PROBLEMS,
         ),
+        monitoring=MonitoringConfig(samples_every=None),
         run=RunConfig(
             output_dir=str(output_dir / name), steps=demo.steps, seed=demo.seed, save_every=50, keep_checkpoints=1
         ),

@@ -18,6 +18,7 @@ NAMED_OPTIONS = (
     "system_prompt",
     "model_gguf_file",
     "dtype",
+    "vocab_size",
     "max_tokens",
     "samples_per_problem",
     "sampling_temperature",

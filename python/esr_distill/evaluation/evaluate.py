@@ -36,13 +36,15 @@ SAMPLE_STRIDE = 2**32
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out problems, ready to be answered."""
+    """Held-out problems, ready to be answered. With `vocab_size` only ids below it are drawn, as in training with
+    `loss.vocab_size`."""
 
     problems: PromptSet
     tokenizer: PreTrainedTokenizerBase
     settings: EvaluationConfig
     stop: StopIds
     rollouts: RolloutBackend
+    vocab_size: int | None = None
 
     @classmethod
     def prepare(
@@ -57,6 +59,7 @@ class Evaluation:
         device: torch.device,
         rollouts: RolloutBackend | None = None,
         group: str = "evaluation.",
+        vocab_size: int | None = None,
     ) -> "Evaluation":
         """Tokenise the problems; each must have an answer and fit into the model's context with its reply.
 
@@ -81,7 +84,7 @@ class Evaluation:
         problems = tokenize_prompts(records, tokenizer, data, pad_id=stop.pad_id, device=device, option=option)
         limit, source = preflight.prompt_limit(None, settings.max_tokens, f"{group}max_tokens", model)
         preflight.fit_prompts(problems, limit=limit, limit_source=source, long_prompts="error", option=option)
-        return cls(problems, tokenizer, settings, stop, rollouts or InProcessBackend())
+        return cls(problems, tokenizer, settings, stop, rollouts or InProcessBackend(), vocab_size)
 
     def accuracy(
         self, model: PreTrainedModel, console: Console | None = None, devices: Devices | None = None
@@ -132,7 +135,9 @@ class Evaluation:
         """
         sum_K, count_K = torch.zeros(2, self.settings.max_tokens, dtype=torch.float64)
         for rollouts in self.batches(student, SamplerSettings(), 1, console):
-            sums, counts = divergence_by_position(student, teacher, rollouts, stop_ids=self.stop.eos_ids)
+            sums, counts = divergence_by_position(
+                student, teacher, rollouts, stop_ids=self.stop.eos_ids, vocab_size=self.vocab_size
+            )
             sum_K[: len(sums)] += sums
             count_K[: len(counts)] += counts
         reached = int((count_K > 0).sum())
@@ -170,6 +175,7 @@ class Evaluation:
                 eos_ids=self.stop.eos_ids,
                 pad_id=self.stop.pad_id,
                 seed=seed,
+                vocab_size=self.vocab_size,
                 backend=self.rollouts,
             )
         self.rollouts.release()
@@ -203,6 +209,7 @@ def divergence_by_position(
     *,
     stop_ids: tuple[int, ...],
     divergence: Divergence | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the divergence and number of rollouts at each response position of `rollouts`.
 
@@ -222,6 +229,7 @@ def divergence_by_position(
         output_head(teacher),
         divergence or ReverseKL(),
         stop_ids=stop_ids,
+        vocab_size=vocab_size,
         impl=choose_impl(positions.slot_N.device),
     )
     width = rollouts.response_ids_B_K.shape[1]

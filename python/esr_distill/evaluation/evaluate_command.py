@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esr_distill.complete_files import write_json
 from esr_distill.config import EvalConfig, RolloutConfig
@@ -24,7 +25,7 @@ from esr_distill.evaluation.scorers import SCORERS
 from esr_distill.input_error import InputError
 from esr_distill.machine import machine_record
 from esr_distill.models import choose_attention, choose_device, find_stop_ids, load_model, load_tokenizer
-from esr_distill.progress import make_console
+from esr_distill.progress import make_console, print_line
 from esr_distill.prompts import PromptRecord, read_prompt_file
 from esr_distill.rollout.choose_backend import make_backend
 
@@ -43,16 +44,18 @@ def evaluate_model(config: EvalConfig) -> int:
     tokenizer = load_tokenizer(config.model, "model", **files)
     attention = choose_attention(config.attn_implementation, device, is_in_16_bits=config.dtype == "bfloat16")
     model = load_model(config.model, "model", dtype=config.dtype, attn_implementation=attention, device=device, **files)
+    check_vocab_size(config.vocab_size, tokenizer, model)
     evaluation = Evaluation.prepare(
         records,
         tokenizer,
         config.data,
         config.evaluation,
-        stop=find_stop_ids(tokenizer, model),
+        stop=find_stop_ids(tokenizer, model, vocab_size=config.vocab_size),
         model=model,
         device=device,
         rollouts=make_backend(RolloutConfig(backend=config.backend)),
         group="",
+        vocab_size=config.vocab_size,
     )
     start = time.perf_counter()
     replies = evaluation.replies(model, console)
@@ -60,7 +63,7 @@ def evaluate_model(config: EvalConfig) -> int:
     grades = evaluation.grade(replies)
     result = Accuracy.of(grades)
     difference = None if other is None else difference_record(config, grades, other)
-    console.print(f"{config.model}: {result}", highlight=False)
+    print_line(console, f"{config.model}: {result}")
     print_measures(result, difference, console)
     if config.output is not None:
         written = {
@@ -77,6 +80,18 @@ def evaluate_model(config: EvalConfig) -> int:
         }
         write_json(Path(config.output), written)
     return 0
+
+
+def check_vocab_size(vocab_size: int | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise InputError for a cut that leaves out ids of the tokenizer, or is beyond the model's head."""
+    if vocab_size is None:
+        return
+    largest, width = max(tokenizer.get_vocab().values()), model.get_output_embeddings().weight.shape[0]
+    if not largest < vocab_size <= width:
+        raise InputError(
+            f"vocab_size must be above the tokenizer's largest id {largest} and at most {width}, the width of the model's "
+            f"output head, got {vocab_size}"
+        )
 
 
 def check_output(path: Path) -> None:
@@ -137,11 +152,9 @@ def print_measures(result: Accuracy, difference: dict | None, console: Console) 
     console.print(table)
     console.print("+- one standard error, clustered by problem")
     if difference is not None:
-        console.print(
-            f"difference: {result.count} problems, this model minus {difference['other_model']}", highlight=False
-        )
+        print_line(console, f"difference: {result.count} problems, this model minus {difference['other_model']}")
         for name, (here, there) in difference["options_that_differ"].items():
-            console.print(f"{name} is {here!r} here and {there!r} there", highlight=False)
+            print_line(console, f"{name} is {here!r} here and {there!r} there")
 
 
 def measure_text(name: str, estimate: Estimate | PairedDifference) -> str:

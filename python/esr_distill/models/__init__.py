@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from esr_distill.input_error import InputError
 from esr_distill.models.adapters import find_adapter, load_frozen_adapter
+from esr_distill.models.generation_file import check_generation_file
 from esr_distill.models.weight_formats import check_safetensors, four_bit_arguments, gguf_arguments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,7 +71,8 @@ def load_model(
 
     Raises:
         InputError: neither a local model folder nor a hub id that can be reached; weights that are damaged, no safetensors, not
-            there (transformers would draw them at random) or not finite; a package that is missing.
+            there (transformers would draw them at random) or not finite; a damaged generation_config.json; a package that is
+            missing.
     """
     if attn_implementation == "flash_attention_2" and device.type == "cpu":
         raise InputError("model.attn_implementation must be sdpa or eager on a CPU, got 'flash_attention_2'")
@@ -89,6 +91,7 @@ def load_model(
         files = {"use_safetensors": True}
     if in_4_bit:
         files |= four_bit_arguments(DTYPES[dtype], device)
+    check_generation_file(source, option)
     model, found = _load(
         AutoModelForCausalLM, source, option, dtype=DTYPES[dtype], output_loading_info=True, **loading, **files
     )
@@ -143,21 +146,26 @@ def check_finite_weights(model: PreTrainedModel, option: str) -> None:
 
 
 def find_stop_ids(
-    tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel, vocab_size: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    *models: PreTrainedModel,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int | None = None,
 ) -> StopIds:
-    """Every EOS id that the tokenizer or any model's generation config names.
+    """Every EOS id that a tokenizer or a model's generation config names.
 
-    A student that ends with one id and a teacher that ends with another must both be understood as stopping. The pad
-    id only fills columns that nothing attends to: the tokenizer's, or the first EOS id where the tokenizer has none or
-    one that a model cannot embed.
+    A student that ends with one id and a teacher that ends with another must both be understood as stopping: of a base model and
+    an instruct model it is often the tokenizers alone that differ. The pad id only fills columns that nothing attends to: that of
+    `tokenizer`, or the first EOS id where it has none or one that a model cannot embed.
 
     Args:
+        teacher_tokenizer: the teacher's, where it is another one; same ids.
         vocab_size: `loss.vocab_size`, where the vocabulary is cut.
 
     Raises:
         InputError: there is no EOS id at all, or one that a model's vocabulary (or the cut one) does not have.
     """
-    named = [tokenizer.eos_token_id, *(model.generation_config.eos_token_id for model in models)]
+    tokenizers = [tokenizer] if teacher_tokenizer is None else [tokenizer, teacher_tokenizer]
+    named = [*(t.eos_token_id for t in tokenizers), *(model.generation_config.eos_token_id for model in models)]
     eos_ids = sorted({i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
     if not eos_ids:
         raise InputError("the tokenizer or a model's generation config must name an end-of-sequence id, got none")

@@ -21,6 +21,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from esr_distill.config.lora import LoraSettings
 from esr_distill.input_error import InputError
+from esr_distill.models.generation_file import check_generation_file
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in the file, as peft has it
@@ -138,6 +139,7 @@ def load_frozen_adapter(model: PreTrainedModel, source: str, option: str) -> Non
     from peft import PeftConfig
 
     weights = read_weights(source, option)
+    check_generation_file(source, option)
     try:
         with torch.random.fork_rng(devices=[]):
             inject(model, PeftConfig.from_pretrained(source))

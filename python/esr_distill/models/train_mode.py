@@ -62,6 +62,6 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
-def seed_dropout(seed: int) -> None:
-    """Masks of dropout come from torch's own generators, whose states checkpoints keep."""
-    torch.manual_seed(seed)
+def seed_dropout(seed: int, rank: int = 0) -> None:
+    """Masks of dropout come from torch's own generators, whose states checkpoints keep. Each process has masks of its own."""
+    torch.manual_seed((seed + rank) % 2**64)  # of which torch takes 64 bits

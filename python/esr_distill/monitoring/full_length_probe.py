@@ -14,17 +14,19 @@ from torch import Tensor
 from esr_distill import preflight
 from esr_distill.config import MonitoringConfig
 from esr_distill.devices import Devices
+from esr_distill.devices.sharding import whole_head
 from esr_distill.devices.shares import in_order, share_of
 from esr_distill.evaluation.accuracy import estimate_mean
 from esr_distill.evaluation.evaluate import decode_replies
 from esr_distill.evaluation.grades import Reply, grade_replies
 from esr_distill.evaluation.repetition import is_repetitive
 from esr_distill.evaluation.scorers import SCORERS, expected_answer
-from esr_distill.hidden_states import last_hidden_states
+from esr_distill.hidden_states import last_hidden_states, output_head
 from esr_distill.input_error import InputError
 from esr_distill.metrics import by_position, mean_or_none
 from esr_distill.monitoring.position_bins import count_by_position
-from esr_distill.prefix_positions import select_prefix_positions
+from esr_distill.monitoring.teacher_rank import TeacherRanks, rank_summary, teacher_ranks
+from esr_distill.prefix_positions import gather_rows, select_prefix_positions
 from esr_distill.prompts import PromptBatch, PromptSet, PromptStream, pad_prompts
 from esr_distill.rollout import RolloutBackend, RolloutBatch, RolloutRequest
 from esr_distill.rollout.choose_backend import make_backend
@@ -85,7 +87,7 @@ class FullLengthProbe:
         """
         start = time.perf_counter()
         generators = [run.device] if run.device.type == "cuda" else []
-        answers: list[tuple[Reply, DivergenceOutput, Tensor]] = []
+        answers: list[tuple[Reply, DivergenceOutput, Tensor, TeacherRanks]] = []
         with eval_mode(run.student), torch.random.fork_rng(devices=generators):
             for prompts in self._batches():
                 with run.autocast():
@@ -94,7 +96,7 @@ class FullLengthProbe:
                     answers.append((reply, *self._score(run, prompts, rollouts, row)))
             self.rollouts.release()
         answers = in_order(answers, len(self.prompts.token_ids), self.devices)
-        replies, divergences, slots = zip(*answers, strict=True)
+        replies, divergences, slots, ranks = zip(*answers, strict=True)
         divergence = DivergenceOutput(*map(torch.cat, zip(*divergences, strict=True)))
         slot_N = torch.cat(slots)
         is_behind_N = slot_N >= trained_tokens
@@ -111,6 +113,8 @@ class FullLengthProbe:
             "divergence_behind": mean_or_none(divergence.divergence_N[is_behind_N]),
             "tokens_behind": int(is_behind_N.sum()),
             "top1_agreement": mean_or_none(divergence.top1_agreement_N),
+            "teacher_rank_of_drawn": rank_summary(torch.cat([rank.drawn_N for rank in ranks])),
+            "teacher_rank_of_student_top": rank_summary(torch.cat([rank.student_top_N for rank in ranks])),
             **by_position(divergence, slot_N),
             "tokens_by_position": count_by_position(slot_N),
             **self._accuracy(replies),
@@ -128,16 +132,27 @@ class FullLengthProbe:
 
     def _score(
         self, run: TrainingRun, prompts: PromptBatch, rollouts: RolloutBatch, row: int
-    ) -> tuple[DivergenceOutput, Tensor]:
-        """The training divergence at every token of one answer, and the tokens' positions, on the CPU. One by one: answers are
-        long."""
+    ) -> tuple[DivergenceOutput, Tensor, TeacherRanks]:
+        """The training divergence at every token of one answer, the tokens' positions, and the teacher's ranks, on the CPU. One
+        answer at a time: they are long."""
         prompts, rollouts = rows_of(prompts, rollouts, slice(row, row + 1))
         with run.autocast():
             student_hidden_1_T_D = last_hidden_states(run.student, rollouts)
         teacher_hidden_1_T_E = teacher_hidden_states(run.teacher, rollouts, prompts)
         positions = select_prefix_positions(rollouts, self.settings.probe_tokens)
         divergence = score_positions(run, student_hidden_1_T_D, teacher_hidden_1_T_E, positions)
-        return DivergenceOutput(*(value_N.cpu() for value_N in divergence)), positions.slot_N.cpu()
+        loss = run.config.loss
+        ranks = teacher_ranks(
+            gather_rows(student_hidden_1_T_D, positions),
+            whole_head(output_head(run.student)),
+            gather_rows(teacher_hidden_1_T_E, positions),
+            whole_head(output_head(run.teacher)),
+            positions.token_ids_N,
+            stop_ids=run.stop.eos_ids if loss.merge_stop_ids else (),
+            vocab_size=loss.vocab_size,
+        )
+        on_cpu = DivergenceOutput(*(value_N.cpu() for value_N in divergence)), positions.slot_N.cpu()
+        return *on_cpu, TeacherRanks(ranks.drawn_N.cpu(), ranks.student_top_N.cpu())
 
     def _accuracy(self, replies: Sequence[Reply]) -> dict:
         """Over the prompts whose answer is known, None where none is."""

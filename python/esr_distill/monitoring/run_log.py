@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from esr_distill.complete_files import write_errors
 from esr_distill.config import TrainConfig
 from esr_distill.metrics import MetricsFile, read_metrics
 from esr_distill.monitoring.sample_table import SAMPLES_FILE
@@ -16,7 +17,7 @@ class RunLog:
         with RunLog(config, output_dir) as log:
             log.write(record)
 
-    Trackers are open inside the `with`. The files need no closing.
+    Trackers are open inside the `with`. The files need no closing. What cannot be written is a WriteError.
     """
 
     def __init__(self, config: TrainConfig, output_dir: Path) -> None:
@@ -39,21 +40,24 @@ class RunLog:
 
     def go_on_after(self, step: int) -> None:
         """Forget what was written after `step`: the run that goes on writes it again."""
-        self.metrics.drop_after(step)
-        if self.samples.path.exists():
-            self.samples.drop_after(step)
+        for file in (self.metrics, self.samples):
+            if file.path.exists():
+                with write_errors(file.path):
+                    file.drop_after(step)
 
     def steps(self) -> list[dict]:
         """The steps that are recorded."""
         return read_metrics(self.metrics.path, "step")
 
     def write(self, record: dict) -> None:
-        self.metrics.write(record)
+        with write_errors(self.metrics.path):
+            self.metrics.write(record)
         if self.trackers:
             numbers = numbers_of(record)
             for tracker in self.trackers:
                 tracker.log(numbers, step=record["step"])
 
     def write_samples(self, rows: list[dict]) -> None:
-        for row in rows:
-            self.samples.write(row)
+        with write_errors(self.samples.path):
+            for row in rows:
+                self.samples.write(row)

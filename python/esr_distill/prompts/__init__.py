@@ -72,9 +72,10 @@ def next_prompt_batch(
     turns than every other rank, and the request ids, hence the random streams, that these rows have on one rank.
     """
     rows = rank_rows(batch_size, samples_per_prompt, rank, world_size)
-    request_ids = [step * batch_size + row for row in rows]
-    chosen = prompts.at_turns([i // samples_per_prompt for i in request_ids], seed)
-    return pad_prompts(chosen, range(len(rows)), request_ids, samples_per_prompt)
+    first = step * batch_size
+    # Every rank takes the whole batch from a stream, so that all of them meet a bad prompt in the same step.
+    chosen = prompts.at_turns([(first + row) // samples_per_prompt for row in range(batch_size)], seed)
+    return pad_prompts(chosen, rows, [first + row for row in rows], samples_per_prompt)
 
 
 def rank_rows(batch_size: int, samples_per_prompt: int, rank: int, world_size: int) -> range:

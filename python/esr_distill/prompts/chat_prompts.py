@@ -131,9 +131,21 @@ class PromptWriter:
 
 
 def chat_messages(prompt: str | list[dict], system_prompt: str | None) -> list[dict]:
-    """The prompt as messages, behind the system prompt where there is one."""
+    """The prompt as messages, behind the system prompt where there is one.
+
+    Raises:
+        InputError: the prompt has a system message of its own.
+    """
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return messages if system_prompt is None else [{"role": "system", "content": system_prompt}, *messages]
+    if system_prompt is None:
+        return messages
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if own:
+        raise InputError(
+            f"data.system_prompt must be unset for prompts with a system message of their own, got {system_prompt!r} before "
+            f"{own[0]!r}"
+        )
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def check_template_arguments(data: DataConfig, writers: list[PromptWriter]) -> None:

@@ -43,6 +43,10 @@ class PromptSet:
         ids = self.token_ids if self.teacher_token_ids is None else [self.token_ids, self.teacher_token_ids]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
+    def digest_before(self, turns: int) -> str:
+        """SHA-256 of the prompts that the first `turns` turns are drawn from: of all."""
+        return self.digest
+
     def subset(self, indices: Iterable[int]) -> "PromptSet":
         """The prompts of these indices, in their order."""
         indices = list(indices)

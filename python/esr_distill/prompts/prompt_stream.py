@@ -1,5 +1,6 @@
 """Prompts that are read while training, a window at a time, for sources that do not fit or do not end."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -39,8 +40,13 @@ class PromptStream:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the first window's token ids: what tells the same stream from another when a run goes on."""
+        """SHA-256 of the first window's token ids: what tells one stream from another before a run begins."""
         return self._digest
+
+    def digest_before(self, turns: int) -> str:
+        """SHA-256 of the windows that the first `turns` turns are drawn from. What comes after them may still change."""
+        self._window(max(turns - 1, 0) // self.window)
+        return self._read.hexdigest()
 
     @property
     def longest(self) -> int:
@@ -64,14 +70,17 @@ class PromptStream:
         if number < self._number:
             self._start()
         while self._number < number:
-            self._held = PromptSet.join(list(islice(self._prompts, self.window)))
-            self._number += 1
+            self._read_window()
         return self._held
 
     def _start(self) -> None:
-        self._prompts = self._endless()
+        self._prompts, self._read, self._number = self._endless(), hashlib.sha256(), -1
+        self._read_window()
+
+    def _read_window(self) -> None:
         self._held = PromptSet.join(list(islice(self._prompts, self.window)))
-        self._number = 0
+        self._read.update(self._held.digest.encode())
+        self._number += 1
 
     def _endless(self) -> Iterator[PromptSet]:
         """Each prompt of the source that fits, by itself, for ever."""

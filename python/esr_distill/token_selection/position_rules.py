@@ -6,11 +6,13 @@ from torch import Tensor
 
 from esr_distill.config import SelectionRule
 from esr_distill.rollout.rollout_batch import RolloutBatch, response_mask
+from esr_distill.token_selection.token_classes import ids_of_rule
 
 
-def mask_of_rule(rule: SelectionRule, rollouts: RolloutBatch, request_ids_B: Tensor, seed: int) -> Tensor:
-    """The tokens that the rule keeps, True only within each response."""
-    lengths_B = rollouts.response_lengths_B
+def mask_of_rule(
+    rule: SelectionRule, rollouts: RolloutBatch, lengths_B: Tensor, request_ids_B: Tensor, seed: int
+) -> Tensor:
+    """The tokens that the rule keeps, True only within the first `lengths_B` tokens of each response, which it is about."""
     ids_B_K = rollouts.response_ids_B_K
     in_response_B_K = response_mask(lengths_B, ids_B_K.shape[1])
     slot_K = torch.arange(ids_B_K.shape[1], device=ids_B_K.device)
@@ -23,8 +25,8 @@ def mask_of_rule(rule: SelectionRule, rollouts: RolloutBatch, request_ids_B: Ten
         kept_B_K = (slot_K >= start_B_1) & (slot_K < start_B_1 + rule.tokens)
     elif rule.kind == "scatter":
         kept_B_K = scattered(rule.tokens, lengths_B, ids_B_K.shape[1], request_ids_B, seed)
-    elif rule.kind == "token_ids":
-        kept_B_K = torch.isin(ids_B_K, torch.tensor(rule.token_ids, device=ids_B_K.device))
+    elif rule.kind in ("token_ids", "token_classes"):
+        kept_B_K = torch.isin(ids_B_K, torch.tensor(ids_of_rule(rule), device=ids_B_K.device))
     else:  # finished
         kept_B_K = rollouts.stopped_by_eos_B[:, None].expand_as(ids_B_K)
     return in_response_B_K & (~kept_B_K if rule.complement else kept_B_K)

@@ -1,6 +1,7 @@
 """Rules that need what the models say of the tokens: masks (N,) over candidate positions, by their scores."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def scaled_to_1(value_N: Tensor) -> Tensor:
 
 
 def mask_of_scored_rule(rule: SelectionRule, positions: PrefixPositions, divergence: DivergenceOutput) -> Tensor:
-    """What the rule keeps. A position whose divergence is NaN is always kept: left out, it would hide what must stop the run."""
+    """What the rule keeps of these positions."""
     row_N = positions.row_N
     if rule.kind == "divergence_share":
         kept_N = prefix_with_share(positions.slot_N, divergence.divergence_N.detach(), rule.share)
@@ -55,8 +56,12 @@ def mask_of_scored_rule(rule: SelectionRule, positions: PrefixPositions, diverge
             kept_N = in_best_rows(row_N, score_N, rule.share)
         else:
             kept_N = highest(row_N if rule.scope == "rollout" else torch.zeros_like(row_N), score_N, rule)
-    kept_N = ~kept_N if rule.complement else kept_N
-    return kept_N | divergence.divergence_N.isnan()
+    return ~kept_N if rule.complement else kept_N
+
+
+def rounded_up(share: float, count: int) -> int:
+    """ceil(share x count), of the share as it is written: 0.15 of 100 is 15, whatever the product of floats is."""
+    return math.ceil(Fraction(str(share)) * count)
 
 
 def highest(group_N: Tensor, score_N: Tensor, rule: SelectionRule) -> Tensor:
@@ -68,8 +73,10 @@ def highest(group_N: Tensor, score_N: Tensor, rule: SelectionRule) -> Tensor:
     first_G = count_G.cumsum(0) - count_G
     rank_N = torch.empty_like(order_N)
     rank_N[order_N] = torch.arange(len(order_N), device=order_N.device) - first_G[group_N[order_N]]
-    limit_G = (rule.share * count_G).ceil() if rule.tokens is None else torch.full_like(count_G, rule.tokens)
-    return rank_N < limit_G[group_N]
+    if rule.tokens is not None:
+        return rank_N < rule.tokens
+    limits = [rounded_up(rule.share, count) for count in count_G.tolist()]
+    return rank_N < torch.tensor(limits, dtype=rank_N.dtype, device=rank_N.device)[group_N]
 
 
 def in_best_rows(row_N: Tensor, score_N: Tensor, share: float) -> Tensor:
@@ -79,7 +86,7 @@ def in_best_rows(row_N: Tensor, score_N: Tensor, share: float) -> Tensor:
     count_B = torch.bincount(row_N)
     sum_B = torch.zeros(len(count_B), dtype=score_N.dtype, device=score_N.device).index_add(0, row_N, score_N)
     mean_B = torch.where(count_B > 0, sum_B / count_B.clamp_min(1), -math.inf)
-    limit = math.ceil(share * int((count_B > 0).sum()))
+    limit = rounded_up(share, int((count_B > 0).sum()))
     best = mean_B.sort(descending=True, stable=True).indices[:limit]
     return torch.isin(row_N, best)
 

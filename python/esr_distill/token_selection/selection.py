@@ -8,8 +8,8 @@ from torch import Tensor
 from esr_distill.config import SelectionConfig
 from esr_distill.prefix_positions import PrefixPositions
 from esr_distill.rollout.rollout_batch import RolloutBatch, response_mask
+from esr_distill.token_selection.joined_rules import bounds, kept_by
 from esr_distill.token_selection.position_rules import mask_of_rule
-from esr_distill.token_selection.score_rules import mask_of_scored_rule
 from esr_distill.token_selection.weights import factor_of
 from esr_kernels import DivergenceOutput
 
@@ -23,7 +23,7 @@ class TokenSelection:
         weights_N = selection.weights_N(positions, divergence)
 
     Attributes:
-        masks: what each rule keeps, (B, K); None for the rules that need scores.
+        masks: what each of `config.leaves` keeps, (B, K); None for the rules that need scores.
         candidates_B_K: the tokens that must be scored: no other can be kept.
     """
 
@@ -34,19 +34,15 @@ class TokenSelection:
     @classmethod
     def of(cls, rollouts: RolloutBatch, config: SelectionConfig, request_ids_B: Tensor, seed: int) -> "TokenSelection":
         lengths_B = rollouts.response_lengths_B
-        candidates_B_K = response_mask(lengths_B, rollouts.response_ids_B_K.shape[1])
         if not config.keep_eos:
-            candidates_B_K = candidates_B_K & response_mask(
-                lengths_B - rollouts.stopped_by_eos_B.long(), candidates_B_K.shape[1]
-            )
-        rules = config.rules
-        masks = [None if rule.needs_scores else mask_of_rule(rule, rollouts, request_ids_B, seed) for rule in rules]
-        known = [mask for mask in masks if mask is not None]
-        if config.combine == "all":
-            for mask in known:
-                candidates_B_K = candidates_B_K & mask
-        elif rules and len(known) == len(rules):
-            candidates_B_K = candidates_B_K & torch.stack(known).any(0)
+            lengths_B = lengths_B - rollouts.stopped_by_eos_B.long()
+        candidates_B_K = response_mask(lengths_B, rollouts.response_ids_B_K.shape[1])
+        masks = [
+            None if rule.needs_scores else mask_of_rule(rule, rollouts, lengths_B, request_ids_B, seed)
+            for rule in config.leaves
+        ]
+        if config.joined_rule is not None:
+            candidates_B_K = candidates_B_K & bounds(config.joined_rule, masks, candidates_B_K)[1]
         return cls(config, masks, candidates_B_K)
 
     def weights_N(self, positions: PrefixPositions, divergence: DivergenceOutput) -> Tensor:
@@ -54,7 +50,7 @@ class TokenSelection:
         return weights_of(self.config, self.kept_before_N(positions), positions, divergence)
 
     def kept_before_N(self, positions: PrefixPositions) -> list[Tensor | None]:
-        """Which candidates each rule keeps; None for the rules that need scores."""
+        """Which candidates each of `config.leaves` keeps; None for the rules that need scores."""
         return [None if mask is None else mask[positions.row_N, positions.slot_N] for mask in self.masks]
 
 
@@ -66,12 +62,11 @@ def weights_of(
 ) -> Tensor:
     """`TokenSelection.weights_N` of candidates of any batch, given what rules without scores keep of them."""
     kept_N = torch.ones_like(positions.row_N, dtype=torch.bool)
-    if any(rule.needs_scores for rule in config.rules):
-        kept = [
-            mask_of_scored_rule(rule, positions, divergence) if known_N is None else known_N
-            for rule, known_N in zip(config.rules, kept_before_N, strict=True)
-        ]
-        kept_N = torch.stack(kept).all(0) if config.combine == "all" else torch.stack(kept).any(0)
+    rule = config.joined_rule
+    if rule is not None and rule.needs_scores:
+        kept_N = kept_by(rule, kept_before_N, positions, divergence, kept_N)
+        # A divergence that is NaN always trains: left out, it would hide what must stop the run.
+        kept_N = kept_N | divergence.divergence_N.isnan()
     weights_N = kept_N.float()
     for rule in config.weights:
         weights_N = weights_N * factor_of(rule, positions, divergence)
