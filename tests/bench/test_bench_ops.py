@@ -134,7 +134,8 @@ def test_a_kernel_that_is_wrong_by_one_percent_is_not_timed_and_fails_the_run(tm
     assert {row["implementation"] for row in rows if row["status"] == "timed"} >= {"eager", "compile"}
     assert "[ours]" not in saved.read_text()
     (state,) = [line for line in done.stdout.splitlines() if line.lstrip().startswith("K3: ")]
-    assert "ours: 2 refused; others: 4 timed" in state and "not installed: TRL, Liger" in state
+    timed = sum(row["status"] == "timed" for row in rows)
+    assert f"K3: ours: 2 refused; others: {timed} timed" in state
 
 
 def test_every_storage_and_schedule_is_measured(smoke):
