@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,8 @@ def test_a_kernel_that_is_wrong_by_one_percent_is_not_timed_and_fails_the_run(tm
     (state,) = [line for line in done.stdout.splitlines() if line.lstrip().startswith("K3: ")]
     timed = sum(row["status"] == "timed" for row in rows)
     assert f"K3: ours: 2 refused; others: {timed} timed" in state
+    missing = [name for name, module in (("TRL", "trl"), ("Liger", "liger_kernel")) if find_spec(module) is None]
+    assert not missing or f"not installed: {', '.join(missing)}" in state
 
 
 def test_every_storage_and_schedule_is_measured(smoke):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from esr_distill.config.require import require
+from esr_distill.config.require import require, require_finite
 
 RuleKind = Literal[
     "prefix",
@@ -142,7 +142,7 @@ class SelectionRule:
     def _check_bounds(self, option: str) -> None:
         least, most = self.at_least, self.at_most
         for name in ("at_least", "at_most"):
-            require(True, f"{option}.{name}", "a number", getattr(self, name))
+            require_finite(f"{option}.{name}", getattr(self, name))
         has_bound = least is not None or most is not None
         require(has_bound, f"{option}.at_least", "set for threshold, or at_most, or both", least)
         is_open = least is None or most is None or least <= most

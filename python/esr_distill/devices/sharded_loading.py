@@ -40,8 +40,7 @@ def load_in_shards(load: Callable[[], PreTrainedModel], devices: Devices, option
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with parameters on the meta device; ties stay, and so do buffers, which are small."""
-    frozen = {parameter: not parameter.requires_grad for parameter in model.parameters()}
-    memo = {id(old): nn.Parameter(old.to("meta"), requires_grad=not is_frozen) for old, is_frozen in frozen.items()}
+    memo = {id(old): nn.Parameter(old.to("meta"), requires_grad=old.requires_grad) for old in model.parameters()}
     return copy.deepcopy(model, memo)
 
 
